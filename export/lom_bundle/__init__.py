@@ -1,0 +1,37 @@
+"""The artifact contract between training and serving: a folder that carries a policy and its own proof.
+
+    bundle/
+      manifest.json      what the policy takes and returns, who made it, sha256 of every other file
+      greedy_mode.onnx   one complete graph per variant: raw observations in, environment-unit actions out
+      actor.onnx
+      golden.npz         observations with the answers that torch gave; whoever loads the bundle replays them
+      README.md          the same facts for people
+
+Needs the standard library and numpy, nothing else: every room may read a bundle.
+"""
+
+from lom_bundle.errors import BundleError
+from lom_bundle.golden import GoldenReport, check_golden
+from lom_bundle.manifest import (
+    SCHEMA_VERSION,
+    GoldenSpec,
+    Manifest,
+    SpaceSpec,
+    VariantSpec,
+)
+from lom_bundle.reader import Bundle, read_bundle
+from lom_bundle.writer import write_bundle
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Bundle",
+    "BundleError",
+    "GoldenReport",
+    "GoldenSpec",
+    "Manifest",
+    "SpaceSpec",
+    "VariantSpec",
+    "check_golden",
+    "read_bundle",
+    "write_bundle",
+]

@@ -1,0 +1,217 @@
+"""`manifest.json` as typed, checked values."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lom_bundle.errors import BundleError
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+GOLDEN_FILE = "golden.npz"
+CARD_FILE = "README.md"
+
+_POLICY_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpaceSpec:
+    """One named array of the contract.
+
+    Attributes:
+        name: the graph's tensor name.
+        shape: without the batch axis.
+        low, high: bounds of every element, flattened row-major, in environment units; ±inf where unbounded.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.dtype != "float32":
+            raise BundleError("BAD_MANIFEST", f"space {self.name!r}: expected dtype float32, got {self.dtype!r}")
+        if not self.shape or any(dim < 1 for dim in self.shape):
+            raise BundleError("BAD_MANIFEST", f"space {self.name!r}: expected positive dimensions, got {self.shape}")
+        size = math.prod(self.shape)
+        if len(self.low) != size or len(self.high) != size:
+            raise BundleError(
+                "BAD_MANIFEST",
+                f"space {self.name!r}: expected {size} bounds, got {len(self.low)} low and {len(self.high)} high",
+            )
+        if not all(low < high for low, high in zip(self.low, self.high, strict=True)):
+            raise BundleError("BAD_MANIFEST", f"space {self.name!r}: expected every low below its high")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantSpec:
+    """One policy graph of the bundle.
+
+    Attributes:
+        graph: file name of the ONNX graph.
+        outputs: tensor names; `action` always, for `greedy_mode` also `mode`, `margin` and the diagnostics.
+    """
+
+    graph: str
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GoldenSpec:
+    """How an answer is compared with the golden rows.
+
+    Attributes:
+        rows: number of golden observations.
+        action_tolerance: largest difference of an action element, as a fraction of that element's range.
+        tie_width: a row whose margin (hyper-Q units) is below it is a tie: either mode is right there.
+    """
+
+    rows: int
+    action_tolerance: float
+    tie_width: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything that a server or a person must know before the first action.
+
+    Attributes:
+        policy: name under which it is served, `[a-z0-9][a-z0-9_-]{0,63}`.
+        inputs, action: the contract; `contract_hash` is computed from them.
+        variants: graphs by variant name.
+        default_variant: the one that runs when a request names none.
+        num_components: M of the behaviour mixture.
+        min_mixing_weight: components below it are never chosen.
+        files: {file name: {"sha256": hexadecimal, "bytes": size}}; the writer fills it in.
+        evaluation: what chose the default variant; empty when no environment was given.
+        provenance: versions, dataset fingerprint, training configuration, parity measured at export.
+    """
+
+    policy: str
+    inputs: tuple[SpaceSpec, ...]
+    action: SpaceSpec
+    variants: Mapping[str, VariantSpec]
+    default_variant: str
+    num_components: int
+    min_mixing_weight: float
+    golden: GoldenSpec
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not _POLICY_NAME.fullmatch(self.policy):
+            raise BundleError("BAD_MANIFEST", f"policy: expected {_POLICY_NAME.pattern}, got {self.policy[:64]!r}")
+        if self.default_variant not in self.variants:
+            raise BundleError(
+                "BAD_MANIFEST",
+                f"default_variant: expected one of {sorted(self.variants)}, got {self.default_variant!r}",
+            )
+        for name, variant in self.variants.items():
+            if "action" not in variant.outputs:
+                raise BundleError("BAD_MANIFEST", f"variant {name!r}: expected an output 'action'")
+        for file_name in self.files:
+            if not _FILE_NAME.fullmatch(file_name):
+                raise BundleError("BAD_MANIFEST", f"files: expected a plain file name, got {file_name[:64]!r}")
+        if not math.isfinite(self.min_mixing_weight) or self.num_components < 1:
+            raise BundleError("BAD_MANIFEST", "expected num_components of 1 or more and a finite min_mixing_weight")
+
+    @property
+    def contract_hash(self) -> str:
+        """sha256 over names, order, shapes, dtypes and bounds of inputs and action, hexadecimal."""
+        contract = {"inputs": [_space_to_json(space) for space in self.inputs], "action": _space_to_json(self.action)}
+        return hashlib.sha256(json.dumps(contract, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Strict JSON (no Infinity, no NaN), the text of `manifest.json`."""
+        document = {
+            "schema_version": SCHEMA_VERSION,
+            "policy": self.policy,
+            "contract_hash": self.contract_hash,
+            "inputs": [_space_to_json(space) for space in self.inputs],
+            "action": _space_to_json(self.action),
+            "variants": {name: asdict(variant) for name, variant in self.variants.items()},
+            "default_variant": self.default_variant,
+            "num_components": self.num_components,
+            "min_mixing_weight": self.min_mixing_weight,
+            "golden": asdict(self.golden),
+            "evaluation": self.evaluation,
+            "provenance": self.provenance,
+            "files": self.files,
+        }
+        return json.dumps(document, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Manifest":
+        """Parses and checks.
+
+        Raises:
+            BundleError: BAD_MANIFEST, naming the field.
+        """
+        try:
+            document = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BundleError("BAD_MANIFEST", "manifest.json: expected JSON") from error
+        if not isinstance(document, dict):
+            raise BundleError("BAD_MANIFEST", "manifest.json: expected a JSON object")
+        version = document.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise BundleError("BAD_MANIFEST", f"schema_version: expected {SCHEMA_VERSION}, got {version!r}")
+        try:
+            manifest = cls(
+                policy=document["policy"],
+                inputs=tuple(_space_from_json(space) for space in document["inputs"]),
+                action=_space_from_json(document["action"]),
+                variants={
+                    name: VariantSpec(graph=variant["graph"], outputs=tuple(variant["outputs"]))
+                    for name, variant in document["variants"].items()
+                },
+                default_variant=document["default_variant"],
+                num_components=int(document["num_components"]),
+                min_mixing_weight=float(document["min_mixing_weight"]),
+                golden=GoldenSpec(
+                    rows=int(document["golden"]["rows"]),
+                    action_tolerance=float(document["golden"]["action_tolerance"]),
+                    tie_width=float(document["golden"]["tie_width"]),
+                ),
+                evaluation=dict(document["evaluation"]),
+                provenance=dict(document["provenance"]),
+                files={
+                    name: {"sha256": str(entry["sha256"]), "bytes": int(entry["bytes"])}
+                    for name, entry in document["files"].items()
+                },
+            )
+        except KeyError as error:
+            raise BundleError("BAD_MANIFEST", f"manifest.json: expected a field {error.args[0]!r}") from error
+        except (TypeError, ValueError, AttributeError) as error:
+            raise BundleError("BAD_MANIFEST", "manifest.json: a field has the wrong type") from error
+        if document.get("contract_hash") != manifest.contract_hash:
+            raise BundleError("CONTRACT_MISMATCH", "manifest.json: contract_hash does not belong to its spaces")
+        return manifest
+
+
+def _space_to_json(space: SpaceSpec) -> dict[str, Any]:
+    return {
+        "name": space.name,
+        "dtype": space.dtype,
+        "shape": list(space.shape),
+        "low": [value if math.isfinite(value) else None for value in space.low],
+        "high": [value if math.isfinite(value) else None for value in space.high],
+    }
+
+
+def _space_from_json(space: Mapping[str, Any]) -> SpaceSpec:
+    return SpaceSpec(
+        name=str(space["name"]),
+        dtype=str(space["dtype"]),
+        shape=tuple(int(dim) for dim in space["shape"]),
+        low=tuple(-math.inf if value is None else float(value) for value in space["low"]),
+        high=tuple(math.inf if value is None else float(value) for value in space["high"]),
+    )

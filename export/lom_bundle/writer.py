@@ -1,0 +1,77 @@
+"""Writes a bundle beside its destination and renames it: a reader never meets half of one."""
+
+import hashlib
+import io
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lom_bundle.errors import BundleError
+from lom_bundle.manifest import CARD_FILE, GOLDEN_FILE, MANIFEST_FILE, Manifest
+
+
+def write_bundle(
+    path: str | os.PathLike[str],
+    manifest: Manifest,
+    *,
+    graphs: Mapping[str, bytes],
+    golden: Mapping[str, NDArray[Any]],
+    card: str,
+) -> str:
+    """Writes `manifest` (its `files` are filled in here), graphs by variant, golden arrays and the card.
+
+    Returns:
+        The bundle's digest (sha256 of manifest.json, hexadecimal).
+
+    Raises:
+        BundleError: DESTINATION_EXISTS, or NO_SPACE when the disk refuses; nothing is left behind in either case.
+    """
+    destination = Path(path)
+    if destination.exists() or destination.is_symlink():
+        raise BundleError("DESTINATION_EXISTS", f"expected a new folder, {str(destination)!r} is there already")
+    contents = {manifest.variants[name].graph: graph for name, graph in graphs.items()}
+    contents[GOLDEN_FILE] = _pack_golden(golden)
+    contents[CARD_FILE] = card.encode()
+    listed = replace(
+        manifest,
+        files={
+            name: {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+            for name, content in sorted(contents.items())
+        },
+    )
+    manifest_bytes = listed.to_json().encode()
+    contents[MANIFEST_FILE] = manifest_bytes  # written last: without it, the folder is no bundle
+    staging: Path | None = None
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+        for name, content in contents.items():
+            _write_durably(staging / name, content)
+        staging.chmod(0o755)
+        os.rename(staging, destination)
+    except OSError as error:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise BundleError("NO_SPACE", f"could not write {str(destination)!r}: {error.strerror}") from error
+    return hashlib.sha256(manifest_bytes).hexdigest()
+
+
+def _write_durably(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _pack_golden(golden: Mapping[str, NDArray[Any]]) -> bytes:
+    buffer = io.BytesIO()
+    arrays: dict[str, Any] = dict(golden)
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
