@@ -1,0 +1,142 @@
+"""Plays a policy in a gymnasium environment, several episodes at a time, the same for every batch of episodes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.spaces import Box
+from numpy.typing import NDArray
+
+from lom.policy import LomPolicy
+
+Array = NDArray[np.float32]
+Env = gymnasium.Env[Any, Any]
+
+EVALUATION_SEED = 100_000
+"""Seed of the first evaluation episode; far from the seeds that demonstrations and training use."""
+
+_PARALLEL_EPISODES = 20
+
+
+class UnsuitableEnvError(ValueError):
+    """An environment that does not exist, or whose spaces a LOM policy cannot act in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Undiscounted returns of whole episodes.
+
+    Attributes:
+        returns: float64[E], in the order of the episodes' seeds.
+        success_rate: share of episodes whose last `info` said `is_success`; None where the environment never says.
+    """
+
+    returns: NDArray[np.float64]
+    success_rate: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Mean, standard deviation (population) and success rate."""
+        return {
+            "return_mean": float(self.returns.mean()),
+            "return_std": float(self.returns.std()),
+            "success_rate": self.success_rate,
+        }
+
+
+class EnvSpaces(NamedTuple):
+    """Bounds in environment units: observations float64[O] (±inf where unbounded), actions float32[A]."""
+
+    observation_low: NDArray[np.float64]
+    observation_high: NDArray[np.float64]
+    action_low: Array
+    action_high: Array
+
+
+def make_env(env_id: str) -> Env:
+    """Makes an environment by its gymnasium id.
+
+    Finds ids of every installed package with a `gymnasium.envs` entry point, and gymnasium's `module:id` form.
+
+    Raises:
+        UnsuitableEnvError: there is no such environment, or it cannot be made here.
+    """
+    for plugin in entry_points(group="gymnasium.envs"):
+        plugin.load()()
+    try:
+        env = gymnasium.make(env_id)
+    except (gymnasium.error.Error, ImportError, ValueError) as error:
+        raise UnsuitableEnvError(f"environment {env_id!r}: {error}") from error
+    return env
+
+
+def env_spaces(env_id: str) -> EnvSpaces:
+    """The bounds of an environment with flat Box observations and bounded Box actions.
+
+    Raises:
+        UnsuitableEnvError: it names what was expected of the environment and what it has.
+    """
+    env = make_env(env_id)
+    observation, action = env.observation_space, env.action_space
+    env.close()
+    for name, space in (("observation", observation), ("action", action)):
+        if not isinstance(space, Box) or len(space.shape) != 1:
+            raise UnsuitableEnvError(f"environment {env_id!r}: {name} space: expected a flat Box, got {space}")
+    assert isinstance(observation, Box)
+    assert isinstance(action, Box)
+    if not np.isfinite([action.low, action.high]).all() or (action.low >= action.high).any():
+        raise UnsuitableEnvError(f"environment {env_id!r}: action space: expected finite bounds, got {action}")
+    low, high = action.low.astype(np.float32), action.high.astype(np.float32)
+    return EnvSpaces(observation.low.astype(np.float64), observation.high.astype(np.float64), low, high)
+
+
+def evaluate(
+    act: Callable[[Array], Array],
+    env_id: str,
+    *,
+    episodes: int,
+    seed: int,
+    on_episode: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Plays `episodes` episodes; episode k is reset with seed + k, whatever runs beside it.
+
+    Args:
+        act: observations float32[B, O] -> actions float32[B, A].
+    """
+    waiting = list(reversed(range(episodes)))
+    envs = [make_env(env_id) for _ in range(min(episodes, _PARALLEL_EPISODES))]
+    returns = np.zeros(episodes)
+    successes: list[bool] = []
+    running: dict[int, tuple[Env, Array]] = {}
+    idle = list(envs)
+    while running or waiting:
+        while idle and waiting:
+            episode, env = waiting.pop(), idle.pop()
+            running[episode] = (env, env.reset(seed=seed + episode)[0])
+        actions = act(np.stack([observation for _, observation in running.values()]).astype(np.float32))
+        for (episode, (env, _)), action in zip(list(running.items()), actions, strict=True):
+            observation, reward, terminated, truncated, info = env.step(action)
+            returns[episode] += float(reward)
+            running[episode] = (env, observation)
+            if terminated or truncated:
+                if "is_success" in info:
+                    successes.append(bool(info["is_success"]))
+                idle.append(running.pop(episode)[0])
+                on_episode()
+    for env in envs:
+        env.close()
+    return Evaluation(returns=returns, success_rate=float(np.mean(successes)) if successes else None)
+
+
+def policy_act(policy: LomPolicy, variant: str) -> Callable[[Array], Array]:
+    """The policy's variant as a function of arrays: observations float32[B, O] -> actions float32[B, A]."""
+
+    @torch.no_grad()
+    def act(observations: Array) -> Array:
+        actions: Array = policy(torch.from_numpy(observations), variant)["action"].numpy()
+        return actions
+
+    return act

@@ -1,0 +1,48 @@
+"""The equations of LOM as pure functions, each with its number in the paper.
+
+The mixture's loss (eq. 15) is `BehaviourMixture.negative_log_likelihood`.
+"""
+
+import torch
+from torch import Tensor
+
+
+def sarsa_target(rewards: Tensor, terminals: Tensor, next_values: Tensor, discount: float) -> Tensor:
+    """y = r + γ (1 - terminal) min_c Q̄_c(s', a'), a' being the action that the data took next (eq. 16).
+
+    Shapes: rewards float32[B], terminals float32[B] (1 where s' is absorbing), next_values float32[C, B] -> [B].
+    """
+    return rewards + discount * (1.0 - terminals) * next_values.amin(dim=0)
+
+
+def critic_loss(values: Tensor, targets: Tensor) -> Tensor:
+    """Squared error of every critic against the shared target: mean over rows, sum over critics (eq. 16).
+
+    Shapes: values float32[C, B], targets float32[B].
+    """
+    return (values - targets).square().mean(dim=1).sum()
+
+
+def hyper_critic_loss(hyper_q: Tensor, sampled_values: Tensor) -> Tensor:
+    """(Q_H(s, k) - Q(s, a_k))², a_k one sample of component k; mean over rows and components (eq. 17).
+
+    Shapes: both float32[B, M]. One sample is enough: the regression averages it into the expectation.
+    """
+    return (hyper_q - sampled_values).square().mean()
+
+
+def imitation_weights(advantages: Tensor, inverse_temperature: float, max_imitation_weight: float) -> Tensor:
+    """min(exp(β A), C): how strongly an action is imitated (eq. 18; β multiplies, as in the authors' code).
+
+    The exponent is clipped before exp, which gives the same weight and never overflows.
+    """
+    ceiling = torch.log(torch.tensor(max_imitation_weight))
+    return torch.exp(torch.minimum(inverse_temperature * advantages, ceiling))
+
+
+def weighted_imitation_loss(policy_actions: Tensor, imitated_actions: Tensor, weights: Tensor) -> Tensor:
+    """mean_i w_i · mean_dim (π(s_i) - â_i)² (eq. 18 with a deterministic policy).
+
+    Shapes: actions float32[B, A], weights float32[B], which carry no gradient.
+    """
+    return (weights * (policy_actions - imitated_actions).square().mean(dim=-1)).mean()

@@ -1,0 +1,153 @@
+"""The five function approximators. All take normalised observations and unit actions ([-1, 1])."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LOG_STD_MIN = -5.0
+LOG_STD_MAX = 0.0
+# Shift of the soft clamp's input: a fresh network starts at exp(-0.6) = 0.55, wide enough to see its neighbours.
+_LOG_STD_SHIFT = 2.0
+_MEAN_LIMIT = 0.999
+
+
+def mlp(sizes: Sequence[int]) -> nn.Sequential:
+    """Linear layers of `sizes` with ReLU between them and none at the end."""
+    layers: list[nn.Module] = []
+    for width_in, width_out in pairwise(sizes):
+        layers += [nn.Linear(width_in, width_out), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class Mixture(NamedTuple):
+    """Parameters of the behaviour mixture at B observations.
+
+    Attributes:
+        log_weights: log of the mixing weights, float32[B, M], normalised.
+        means: component means, float32[B, M, A], unit actions.
+        log_stds: float32[B, M, A], inside (LOG_STD_MIN, LOG_STD_MAX).
+    """
+
+    log_weights: Tensor
+    means: Tensor
+    log_stds: Tensor
+
+    def log_prob(self, unit_actions: Tensor) -> Tensor:
+        """log π_b(a|s) = logsumexp_k(log α_k + log N(a; μ_k, σ_k²)), float32[B] (eq. 15)."""
+        standardised = (unit_actions.unsqueeze(1) - self.means) * torch.exp(-self.log_stds)
+        constant = 0.5 * torch.log(torch.tensor(2.0 * torch.pi))
+        component = -(0.5 * standardised.square() + self.log_stds + constant).sum(dim=-1)
+        return torch.logsumexp(self.log_weights + component, dim=-1)
+
+
+class BehaviourMixture(nn.Module):
+    """π_b(a|s) = Σ_k α_k(s) N(a; μ_k(s), diag σ_k(s)²), a mixture density network.
+
+    The log-std is clamped softly and only here, so that fitting, scoring and sampling see the same density; the
+    clamp has no dead zone in which a component could drift without a gradient.
+    """
+
+    def __init__(self, observation_dim: int, action_dim: int, num_components: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.num_components = num_components
+        self.action_dim = action_dim
+        self.trunk = nn.Sequential(mlp([observation_dim, *hidden]), nn.ReLU())
+        self.mixing_logits = nn.Linear(hidden[-1], num_components)
+        self.raw_means = nn.Linear(hidden[-1], num_components * action_dim)
+        self.raw_log_stds = nn.Linear(hidden[-1], num_components * action_dim)
+
+    def forward(self, observations: Tensor) -> Mixture:
+        """float32[B, O] -> mixture parameters."""
+        features = self.trunk(observations)
+        shape = (-1, self.num_components, self.action_dim)
+        span = LOG_STD_MAX - LOG_STD_MIN
+        return Mixture(
+            log_weights=F.log_softmax(self.mixing_logits(features), dim=-1),
+            means=torch.tanh(self.raw_means(features)).view(shape),
+            log_stds=(LOG_STD_MIN + span * torch.sigmoid(self.raw_log_stds(features) + _LOG_STD_SHIFT)).view(shape),
+        )
+
+    @torch.no_grad()
+    def initialise_means(self, unit_actions: Tensor, generator: torch.Generator) -> None:
+        """Starts every component at an action of the data, far apart from each other (k-means++ seeding).
+
+        With default initialisation all components start at the middle of the action space and the best mode may
+        never get one of its own. The means' dependence on the observation starts small (x 0.3) for the same reason.
+        """
+        centres = unit_actions[torch.randint(len(unit_actions), (1,), generator=generator)]
+        for _ in range(1, self.num_components):
+            squared_distance = torch.cdist(unit_actions, centres).amin(dim=1).square() + 1e-12
+            chosen = torch.multinomial(squared_distance, 1, generator=generator)
+            centres = torch.cat([centres, unit_actions[chosen]])
+        self.raw_means.weight.mul_(0.3)
+        self.raw_means.bias.copy_(torch.atanh(centres.clamp(-0.99, 0.99)).flatten())
+
+    def negative_log_likelihood(self, observations: Tensor, unit_actions: Tensor) -> Tensor:
+        """Eq. 15, averaged over rows. Actions on the bounds are moved inside: tanh means cannot reach them."""
+        mixture: Mixture = self(observations)
+        return -mixture.log_prob(unit_actions.clamp(-_MEAN_LIMIT, _MEAN_LIMIT)).mean()
+
+
+class Critic(nn.Module):
+    """An ensemble of C action values Q(s, a)."""
+
+    def __init__(self, observation_dim: int, action_dim: int, num_critics: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(mlp([observation_dim + action_dim, *hidden, 1]) for _ in range(num_critics))
+
+    def forward(self, observations: Tensor, unit_actions: Tensor) -> Tensor:
+        """float32[..., O] and float32[..., A] -> float32[C, ...]."""
+        joined = torch.cat([observations, unit_actions], dim=-1)
+        return torch.stack([member(joined).squeeze(-1) for member in self.members])
+
+
+class HyperCritic(nn.Module):
+    """Hyper-Q(s, k), the value of choosing component k, as one network with M outputs."""
+
+    def __init__(self, observation_dim: int, num_components: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.body = mlp([observation_dim, *hidden, num_components])
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """float32[B, O] -> float32[B, M]."""
+        values: Tensor = self.body(observations)
+        return values
+
+
+class OneHotHyperCritic(nn.Module):
+    """Hyper-Q(s, k) as in the authors' code: one scalar network on (s, one-hot k).
+
+    The first layer is linear in its input, so W·[s; onehot_k] = W_s·s + column k: the observation's share is computed
+    once for all components. Identical mathematics, M times fewer first-layer products.
+    """
+
+    def __init__(self, observation_dim: int, num_components: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        first = nn.Linear(observation_dim + num_components, hidden[0])
+        self.observation_weight = nn.Parameter(first.weight[:, :observation_dim].detach().clone())
+        self.component_weight = nn.Parameter(first.weight[:, observation_dim:].detach().clone())
+        self.bias = nn.Parameter(first.bias.detach().clone())
+        self.rest = mlp([*hidden, 1])
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """float32[B, O] -> float32[B, M]."""
+        shared = F.linear(observations, self.observation_weight, self.bias)
+        first = shared.unsqueeze(1) + self.component_weight.T
+        values: Tensor = self.rest(torch.relu(first)).squeeze(-1)
+        return values
+
+
+class Actor(nn.Module):
+    """A deterministic policy π(s) in [-1, 1]^A: the weighted-imitation actor, and behaviour cloning."""
+
+    def __init__(self, observation_dim: int, action_dim: int, hidden: Sequence[int]) -> None:
+        super().__init__()
+        self.body = mlp([observation_dim, *hidden, action_dim])
+
+    def forward(self, observations: Tensor) -> Tensor:
+        """float32[B, O] -> float32[B, A]."""
+        return torch.tanh(self.body(observations))

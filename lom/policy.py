@@ -1,0 +1,70 @@
+"""The trained policy as one module: everything that acts, in environment units at both ends."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lom.config import TrainConfig
+from lom.mode_selection import gather_component, select_mode
+from lom.networks import Actor, BehaviourMixture, HyperCritic, OneHotHyperCritic
+from lom.scaling import ActionScaler, ObservationNormaliser
+
+VARIANTS = ("greedy_mode", "actor", "bc")
+
+
+class LomPolicy(nn.Module):
+    """Normaliser, mixture, hyper-critic, actor and behaviour cloning; three ways to act, called variants.
+
+    greedy_mode: the mean of the component with the highest hyper-Q among the supported ones.
+    actor: weighted imitation of that component's actions.
+    bc: behaviour cloning of the whole dataset, for comparison.
+    """
+
+    def __init__(self, config: TrainConfig, observation_dim: int, action_low: Tensor, action_high: Tensor) -> None:
+        super().__init__()
+        action_dim = action_low.numel()
+        self.observation_dim = observation_dim
+        self.min_mixing_weight = config.effective_min_mixing_weight
+        self.normaliser = ObservationNormaliser(observation_dim)
+        self.action_scaler = ActionScaler(action_low, action_high)
+        self.mixture = BehaviourMixture(observation_dim, action_dim, config.num_components, config.mixture_hidden)
+        head = HyperCritic if config.hyper_head == "components" else OneHotHyperCritic
+        self.hyper_critic = head(observation_dim, config.num_components, config.hidden)
+        self.actor = Actor(observation_dim, action_dim, config.hidden)
+        self.bc = Actor(observation_dim, action_dim, config.hidden)
+
+    def greedy_mode(self, observations: Tensor) -> dict[str, Tensor]:
+        """Chooses a component and acts by its mean, with everything that explains the choice.
+
+        Shapes: observations float32[B, O] -> action float32[B, A] (environment units), mode int32[B],
+        margin float32[B], hyper_q and mixing_weights float32[B, M], component_means and component_log_stds
+        float32[B, M, A] (unit actions).
+        """
+        normalised = self.normaliser(observations)
+        mixture = self.mixture(normalised)
+        hyper_q = self.hyper_critic(normalised)
+        mixing_weights = mixture.log_weights.exp()
+        choice = select_mode(hyper_q, mixing_weights, self.min_mixing_weight)
+        return {
+            "action": self.action_scaler.from_unit(gather_component(mixture.means, choice.mode)),
+            "mode": choice.mode.to(torch.int32),
+            "margin": choice.margin,
+            "hyper_q": hyper_q,
+            "mixing_weights": mixing_weights,
+            "component_means": mixture.means,
+            "component_log_stds": mixture.log_stds,
+        }
+
+    def forward(self, observations: Tensor, variant: str) -> Mapping[str, Tensor]:
+        """Outputs by name of one variant; `action` is always among them.
+
+        Raises:
+            ValueError: an unknown variant.
+        """
+        if variant == "greedy_mode":
+            return self.greedy_mode(observations)
+        if variant not in VARIANTS:
+            raise ValueError(f"variant: expected one of {VARIANTS}, got {variant!r}")
+        network = self.actor if variant == "actor" else self.bc
+        return {"action": self.action_scaler.from_unit(network(self.normaliser(observations)))}

@@ -1,0 +1,211 @@
+"""A training run on disk: what it was asked to do, how far it is, and the policy that it learned.
+
+RUN/
+  run.json                 environment, spaces, datasets, hyper-parameters; written once
+  checkpoint.safetensors   networks, optimisers, random state, a sample of observations; replaced atomically
+  summary.json             losses and evaluation at the end
+  tensorboard/             curves
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lom.config import TrainConfig
+from lom.policy import LomPolicy
+
+RUN_FILE = "run.json"
+CHECKPOINT_FILE = "checkpoint.safetensors"
+SUMMARY_FILE = "summary.json"
+TENSORBOARD_FOLDER = "tensorboard"
+SAMPLE_ROWS = 4096
+
+_SCHEMA_VERSION = 1
+_SAMPLE_TENSOR = "sample.observations"
+
+
+class RunError(Exception):
+    """A run folder that cannot be created, resumed or read; the message names the field."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """What a run was asked to do; everything that a resumed run must find unchanged.
+
+    Attributes:
+        env: gymnasium id, or None when only data was given.
+        datasets: file names (not paths) in the order given.
+        dataset_fingerprint: sha256 over the paired transitions.
+        dataset_rows: number of transitions.
+        observation_low, observation_high: bounds per dimension, ±inf where unbounded.
+        action_low, action_high: bounds per dimension, environment units.
+    """
+
+    env: str | None
+    datasets: tuple[str, ...]
+    dataset_fingerprint: str
+    dataset_rows: int
+    observation_low: tuple[float, ...]
+    observation_high: tuple[float, ...]
+    action_low: tuple[float, ...]
+    action_high: tuple[float, ...]
+    config: TrainConfig
+
+    def to_json(self) -> str:
+        """Strict JSON: an infinite bound is null."""
+        document = {"schema_version": _SCHEMA_VERSION, **asdict(self)}
+        for name in ("observation_low", "observation_high"):
+            document[name] = [value if np.isfinite(value) else None for value in getattr(self, name)]
+        return json.dumps(document, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "RunSpec":
+        """Parses and checks.
+
+        Raises:
+            RunError: no JSON, another schema, or a missing or misshapen field.
+        """
+        try:
+            document = dict(json.loads(text))
+            version = document.pop("schema_version", None)
+            if version != _SCHEMA_VERSION:
+                raise RunError(f"{RUN_FILE}: schema_version: expected {_SCHEMA_VERSION}, got {version!r}")
+            for name, unbounded in (("observation_low", -np.inf), ("observation_high", np.inf)):
+                document[name] = tuple(unbounded if value is None else float(value) for value in document[name])
+            for name in ("action_low", "action_high"):
+                document[name] = tuple(float(value) for value in document[name])
+            document["datasets"] = tuple(document["datasets"])
+            document["config"] = TrainConfig.from_json(document["config"])
+            return cls(**document)
+        except (ValueError, TypeError, KeyError) as error:
+            raise RunError(f"{RUN_FILE}: expected the description of a training run: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedRun:
+    """A run's result, ready to be exported.
+
+    Attributes:
+        observations: a sample of the training data, float32[≤4096, O], environment units.
+        summary: the content of summary.json; empty while training goes on.
+    """
+
+    spec: RunSpec
+    policy: LomPolicy
+    observations: NDArray[np.float32]
+    summary: Mapping[str, Any]
+
+
+def create_run(folder: Path, spec: RunSpec) -> None:
+    """Makes the folder and writes run.json.
+
+    Raises:
+        RunError: the folder is there already, or cannot be made.
+    """
+    if folder.exists():
+        raise RunError(f"--out {folder}: expected a new folder, it is there already; --resume goes on with it")
+    try:
+        folder.mkdir(parents=True)
+        _write_atomically(folder / RUN_FILE, spec.to_json().encode())
+    except OSError as error:
+        raise RunError(f"--out {folder}: cannot be written: {error.strerror}") from error
+
+
+def open_run(folder: Path) -> RunSpec:
+    """Reads run.json.
+
+    Raises:
+        RunError: no run there, or an unreadable one.
+    """
+    try:
+        return RunSpec.from_json((folder / RUN_FILE).read_text())
+    except FileNotFoundError:
+        raise RunError(f"{folder}: expected a training run (a folder with {RUN_FILE}), found none") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{folder}/{RUN_FILE}: cannot be read") from error
+
+
+def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], observations: NDArray[np.float32]) -> None:
+    """Replaces the checkpoint; a kill at any moment leaves the old one or the new one.
+
+    Raises:
+        RunError: the disk refuses; the old checkpoint stays.
+    """
+    partial = folder / f".{CHECKPOINT_FILE}.partial"
+    try:
+        save_file({**tensors, _SAMPLE_TENSOR: torch.from_numpy(observations)}, partial)
+        os.replace(partial, folder / CHECKPOINT_FILE)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise RunError(f"{folder / CHECKPOINT_FILE}: cannot be written: {error}") from error
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], NDArray[np.float32]]:
+    """The tensors of `Learner.state()` and the sample of observations.
+
+    Raises:
+        RunError: no checkpoint, or a damaged or foreign one.
+    """
+    path = folder / CHECKPOINT_FILE
+    if not path.is_file():
+        raise RunError(f"{path}: expected a checkpoint, found none: training has not reached its first one")
+    try:
+        tensors = load_file(path)
+        observations: NDArray[np.float32] = tensors.pop(_SAMPLE_TENSOR).numpy()
+    except (OSError, SafetensorError, KeyError) as error:
+        raise RunError(f"{path}: expected a checkpoint of lom-train, it is damaged or foreign") from error
+    return tensors, observations
+
+
+def load_run(folder: Path) -> TrainedRun:
+    """Reads the policy of a run that has finished training.
+
+    Raises:
+        RunError: no run, a foreign or damaged checkpoint, weights that are not finite, or unfinished training.
+    """
+    spec = open_run(folder)
+    tensors, observations = load_checkpoint(folder)
+    low, high = torch.tensor(spec.action_low), torch.tensor(spec.action_high)
+    policy = LomPolicy(spec.config, len(spec.observation_low), low, high)
+    prefix = "policy."
+    state = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    try:
+        policy.load_state_dict(state)
+        mixture_steps, steps = tensors["steps_done"].tolist()
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise RunError(f"{folder / CHECKPOINT_FILE}: its tensors do not belong to {RUN_FILE}") from error
+    if steps < spec.config.steps:
+        raise RunError(
+            f"{folder}: expected finished training, got {mixture_steps} of {spec.config.mixture_steps} mixture steps "
+            f"and {steps} of {spec.config.steps} policy steps; lom-train --resume goes on"
+        )
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise RunError(f"{folder / CHECKPOINT_FILE}: {name}: expected finite values")
+    summary_path = folder / SUMMARY_FILE
+    try:
+        summary = json.loads(summary_path.read_text()) if summary_path.is_file() else {}
+    except ValueError as error:
+        raise RunError(f"{summary_path}: expected JSON") from error
+    return TrainedRun(spec=spec, policy=policy.eval(), observations=observations, summary=summary)
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Writes summary.json atomically."""
+    _write_atomically(folder / SUMMARY_FILE, (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)

@@ -1,0 +1,276 @@
+"""`lom-train`: from dataset files to a trained run."""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from lom import run as runs
+from lom.config import PRESETS, TrainConfig
+from lom.dataset import DatasetError, Transitions, load_transitions
+from lom.evaluation import EVALUATION_SEED, EnvSpaces, UnsuitableEnvError, env_spaces, evaluate, policy_act
+from lom.learner import Learner, LearningDivergedError, Stage
+from lom.policy import VARIANTS, LomPolicy
+
+_STAGE_TITLES: dict[Stage, str] = {"mixture": "behaviour mixture", "policy": "critics and actor"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    """Train a LOM policy on offline transitions."""
+
+    datasets: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Files with D4RL keys (.npz, .hdf5), joined in this order."""
+    dataset: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
+    """One more dataset file; repeatable."""
+    out: Path
+    """Folder of the run; must be new."""
+    env: str | None = None
+    """Gymnasium id: gives the spaces and the evaluation. Without it actions are taken to lie in [-1, 1]."""
+    preset: str = "standard"
+    """Hyper-parameters to start from; every flag below overrides it."""
+    resume: bool = False
+    """Go on with the run in --out."""
+    strict: bool = False
+    """Refuse actions outside the action space instead of clipping them."""
+    eval_episodes: int = 10
+    """Episodes per variant at the end, where there is an environment."""
+    checkpoint_every: int = 2_000
+    """Gradient steps between checkpoints."""
+    config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=lambda: PRESETS["standard"])
+
+    def __post_init__(self) -> None:
+        if self.eval_episodes < 1:
+            raise ValueError(f"--eval-episodes: expected 1 or more, got {self.eval_episodes}")
+        if self.checkpoint_every < 1:
+            raise ValueError(f"--checkpoint-every: expected 1 or more, got {self.checkpoint_every}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `lom-train`; exits 0, or non-zero with one line that says what was wrong."""
+    arguments_given = list(sys.argv[1:] if argv is None else argv)
+    console = Console(stderr=True, highlight=False)
+    try:
+        preset = PRESETS[_preset_name(arguments_given)]
+        arguments = tyro.cli(
+            TrainArguments,
+            prog="lom-train",
+            args=arguments_given,
+            default=TrainArguments(out=tyro.MISSING, config=preset),
+        )
+        train(arguments, console)
+    except (DatasetError, UnsuitableEnvError, runs.RunError, LearningDivergedError, ValueError) as error:
+        console.print(f"lom-train: {error}", style="red", markup=False, soft_wrap=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        console.print("lom-train: stopped; the same command with --resume goes on from the last step", markup=False)
+        raise SystemExit(130) from None
+
+
+def _preset_name(arguments: list[str]) -> str:
+    """The preset decides the other flags' defaults, so it must be known before they are parsed."""
+    name = "standard"
+    for position, argument in enumerate(arguments):
+        if argument == "--preset" and position + 1 < len(arguments):
+            name = arguments[position + 1]
+        elif argument.startswith("--preset="):
+            name = argument.removeprefix("--preset=")
+    if name not in PRESETS:
+        raise ValueError(f"--preset: expected one of {sorted(PRESETS)}, got {name!r}")
+    return name
+
+
+def train(arguments: TrainArguments, console: Console) -> None:
+    """Reads, trains, evaluates and writes the run at `arguments.out`.
+
+    Raises:
+        DatasetError, UnsuitableEnvError, RunError, LearningDivergedError: nothing half-written remains; a run that
+            had begun keeps its last checkpoint.
+        KeyboardInterrupt: after SIGINT or SIGTERM, once the step in hand is done and saved.
+    """
+    config, folder = arguments.config, arguments.out
+    if folder.exists() and not arguments.resume:
+        raise runs.RunError(f"--out {folder}: expected a new folder, it is there already; --resume goes on with it")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    spec, transitions = _read_data(arguments, console)
+    _print_dataset_card(transitions, spec, console)
+    learner = Learner(transitions, config, torch.tensor(spec.action_low), torch.tensor(spec.action_high))
+    if arguments.resume:
+        if runs.open_run(folder) != spec:
+            raise runs.RunError(f"--resume {folder}: expected the data, environment and settings that it began with")
+        learner.restore(runs.load_checkpoint(folder)[0])
+    else:
+        runs.create_run(folder, spec)
+
+    started = time.monotonic()
+    metrics = _learn(learner, transitions, arguments, console)
+    training_s = time.monotonic() - started
+    evaluation = {} if spec.env is None else _evaluate(learner.policy, spec.env, arguments.eval_episodes, console)
+    runs.write_summary(folder, {"training_s": round(training_s, 1), "metrics": metrics, "evaluation": evaluation})
+    console.print(f"trained in {training_s:.0f} s; run written to {folder}", markup=False, soft_wrap=True)
+
+
+def _read_data(arguments: TrainArguments, console: Console) -> tuple[runs.RunSpec, Transitions]:
+    def warn(message: str) -> None:
+        console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
+
+    paths = (*arguments.datasets, *arguments.dataset)
+    spaces = None if arguments.env is None else env_spaces(arguments.env)
+    if spaces is None:
+        warn("no --env: actions are taken to lie in [-1, 1], and nothing will be evaluated")
+    transitions = load_transitions(
+        paths,
+        action_bounds=None if spaces is None else (spaces.action_low, spaces.action_high),
+        observation_dim=None if spaces is None else spaces.observation_low.size,
+        strict=arguments.strict,
+        warn=warn,
+    )
+    if spaces is None:
+        unbounded = np.full(transitions.observations.shape[1], np.inf)
+        unit = np.ones(transitions.actions.shape[1], np.float32)
+        spaces = EnvSpaces(-unbounded, unbounded, -unit, unit)
+    spec = runs.RunSpec(
+        env=arguments.env,
+        datasets=tuple(path.name for path in paths),
+        dataset_fingerprint=transitions.fingerprint,
+        dataset_rows=len(transitions),
+        observation_low=tuple(spaces.observation_low.tolist()),
+        observation_high=tuple(spaces.observation_high.tolist()),
+        action_low=tuple(spaces.action_low.tolist()),
+        action_high=tuple(spaces.action_high.tolist()),
+        config=arguments.config,
+    )
+    return spec, transitions
+
+
+def _print_dataset_card(transitions: Transitions, spec: runs.RunSpec, console: Console) -> None:
+    returns = transitions.episode_returns
+    lengths = np.bincount(transitions.episodes)
+    usable = int((transitions.terminals | transitions.has_next_action).sum())
+    constant = int((transitions.observations.std(axis=0) == 0).sum())
+    table = Table(title="dataset", show_header=False, title_justify="left")
+    for name, value in (
+        ("files", ", ".join(spec.datasets)),
+        (
+            "transitions",
+            f"{len(transitions):,} in {len(returns):,} episodes of {lengths.min()} to {lengths.max()} steps",
+        ),
+        (
+            "return per episode",
+            f"{returns.mean():.2f} ± {returns.std():.2f} ({returns.min():.2f} to {returns.max():.2f})",
+        ),
+        ("observations", f"{transitions.observations.shape[1]} dimensions, {constant} of them constant"),
+        (
+            "actions",
+            f"{transitions.actions.shape[1]} dimensions in [{min(spec.action_low):g}, {max(spec.action_high):g}]",
+        ),
+        ("terminal states", f"{int(transitions.terminals.sum()):,}"),
+        ("rows of the SARSA loss", f"{usable:,} (the others have no next action)"),
+    ):
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _learn(learner: Learner, transitions: Transitions, arguments: TrainArguments, console: Console) -> dict[str, float]:
+    """Trains to the end, with progress, curves and checkpoints; returns the last metrics."""
+    config, folder = arguments.config, arguments.out
+    rng = np.random.default_rng(config.seed)
+    sample = rng.permutation(len(transitions))[: runs.SAMPLE_ROWS]
+    observations = transitions.observations[np.sort(sample)]
+    totals: dict[Stage, int] = {"mixture": config.mixture_steps, "policy": config.steps}
+    done: dict[Stage, int] = {"mixture": learner.mixture_steps_done, "policy": learner.policy_steps_done}
+    all_metrics: dict[str, float] = {}
+    log_every = max(1, sum(totals.values()) // 500)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[losses]}"),
+    )
+    with (
+        SummaryWriter(str(folder / runs.TENSORBOARD_FOLDER), purge_step=sum(done.values())) as curves,
+        Progress(*columns, console=console) as progress,
+        _stop_requested() as stop_requested,
+    ):
+        bars = {
+            stage: progress.add_task(_STAGE_TITLES[stage], total=totals[stage], completed=done[stage], losses="")
+            for stage in totals
+        }
+        for stage, steps_done in learner.remaining():
+            done[stage] = steps_done
+            overall = sum(done.values())
+            finished = steps_done == totals[stage]
+            if overall % log_every == 0 or finished:
+                metrics = learner.metrics()
+                all_metrics |= metrics
+                for name, value in metrics.items():
+                    curves.add_scalar(name, value, overall)
+                shown = (
+                    ("mixture/nll", "bc/loss")
+                    if stage == "mixture"
+                    else ("critic/loss", "hyper_critic/loss", "actor/loss")
+                )
+                losses = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown)
+                progress.update(bars[stage], completed=steps_done, losses=losses)
+            if overall % arguments.checkpoint_every == 0 or finished or stop_requested():
+                runs.save_checkpoint(folder, learner.state(), observations)
+            if stop_requested():
+                raise KeyboardInterrupt
+    return all_metrics
+
+
+@contextmanager
+def _stop_requested() -> Iterator[Callable[[], bool]]:
+    """Turns SIGINT and SIGTERM into a question asked between steps, so that no step is saved half done."""
+    requested = False
+
+    def remember(signal_number: int, frame: object) -> None:
+        nonlocal requested
+        requested = True
+
+    previous = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: requested
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _evaluate(policy: LomPolicy, env_id: str, episodes: int, console: Console) -> dict[str, Any]:
+    table = Table(title=f"{episodes} episodes of {env_id}", title_justify="left")
+    for heading in ("variant", "return", "success"):
+        table.add_column(heading)
+    results: dict[str, Any] = {}
+    with Progress(TextColumn("evaluation"), BarColumn(), MofNCompleteColumn(), console=console) as progress:
+        bar = progress.add_task("evaluation", total=episodes * len(VARIANTS))
+        for variant in VARIANTS:
+            outcome = evaluate(
+                policy_act(policy, variant),
+                env_id,
+                episodes=episodes,
+                seed=EVALUATION_SEED,
+                on_episode=lambda: progress.advance(bar),
+            )
+            results[variant] = outcome.to_json()
+            success = "" if outcome.success_rate is None else f"{outcome.success_rate:.2f}"
+            table.add_row(variant, f"{outcome.returns.mean():.2f} ± {outcome.returns.std():.2f}", success)
+    console.print(table)
+    return {"env": env_id, "episodes": episodes, "seed": EVALUATION_SEED, "variants": results}
+
+
+if __name__ == "__main__":
+    main()
