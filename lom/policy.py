@@ -37,23 +37,24 @@ class LomPolicy(nn.Module):
     def greedy_mode(self, observations: Tensor) -> dict[str, Tensor]:
         """Chooses a component and acts by its mean, with everything that explains the choice.
 
-        Shapes: observations float32[B, O] -> action float32[B, A] (environment units), mode int32[B],
-        margin float32[B], hyper_q and mixing_weights float32[B, M], component_means and component_log_stds
-        float32[B, M, A] (unit actions).
+        Shapes: observations float32[B, O] -> action float32[B, A], mode int32[B], margin float32[B], hyper_q and
+        mixing_weights float32[B, M], component_means and component_log_stds float32[B, M, A]. Action, means and
+        standard deviations are in environment units.
         """
         normalised = self.normaliser(observations)
         mixture = self.mixture(normalised)
         hyper_q = self.hyper_critic(normalised)
         mixing_weights = mixture.log_weights.exp()
+        component_means = self.action_scaler.from_unit(mixture.means)
         choice = select_mode(hyper_q, mixing_weights, self.min_mixing_weight)
         return {
-            "action": self.action_scaler.from_unit(gather_component(mixture.means, choice.mode)),
+            "action": gather_component(component_means, choice.mode),
             "mode": choice.mode.to(torch.int32),
             "margin": choice.margin,
             "hyper_q": hyper_q,
             "mixing_weights": mixing_weights,
-            "component_means": mixture.means,
-            "component_log_stds": mixture.log_stds,
+            "component_means": component_means,
+            "component_log_stds": mixture.log_stds + self.action_scaler.log_half_range,
         }
 
     def forward(self, observations: Tensor, variant: str) -> Mapping[str, Tensor]:

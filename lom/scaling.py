@@ -44,11 +44,16 @@ class ActionScaler(nn.Module):
         self.register_buffer("low", low.float())
         self.register_buffer("high", high.float())
 
+    @property
+    def log_half_range(self) -> Tensor:
+        """float32[A], what a log standard deviation gains on the way from unit to environment units."""
+        return torch.log(0.5 * (self.high - self.low))
+
     def to_unit(self, actions: Tensor) -> Tensor:
-        """float32[B, A], environment units -> [-1, 1]."""
+        """float32[..., A], environment units -> [-1, 1]."""
         return 2.0 * (actions - self.low) / (self.high - self.low) - 1.0
 
     def from_unit(self, unit_actions: Tensor) -> Tensor:
-        """float32[B, A], network units -> environment units, inside the bounds whatever the input."""
+        """float32[..., A], network units -> environment units, inside the bounds whatever the input."""
         actions = self.low + (unit_actions + 1.0) * 0.5 * (self.high - self.low)
         return torch.minimum(torch.maximum(actions, self.low), self.high)
