@@ -173,7 +173,8 @@ def _checked(
         if not (np.issubdtype(array.dtype, np.number) or array.dtype == np.bool_):
             raise DatasetError(f"{path}: {key}: expected numbers, got dtype {array.dtype}")
         flag = key in ("terminals", "timeouts")
-        converted = array.astype(np.bool_ if flag else np.float32)
+        with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is named below
+            converted = array.astype(np.bool_ if flag else np.float32)
         if not flag and not np.isfinite(converted).all():
             row = int(np.argwhere(~np.isfinite(converted))[0, 0])
             raise DatasetError(f"{path}: {key}: expected finite float32 values, row {row} is not")

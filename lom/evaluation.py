@@ -1,5 +1,6 @@
 """Plays a policy in a gymnasium environment, several episodes at a time, the same for every batch of episodes."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -67,7 +68,10 @@ def make_env(env_id: str) -> Env:
     for plugin in entry_points(group="gymnasium.envs"):
         plugin.load()()
     try:
-        env = gymnasium.make(env_id)
+        with warnings.catch_warnings():
+            # "-v4 is out of date": measured returns of MuJoCo tasks belong to exactly the version that was asked for.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            env = gymnasium.make(env_id)
     except (gymnasium.error.Error, ImportError, ValueError) as error:
         raise UnsuitableEnvError(f"environment {env_id!r}: {error}") from error
     return env

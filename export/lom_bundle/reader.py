@@ -87,13 +87,16 @@ def _read_regular_file(folder: Path, name: str, max_bytes: int) -> bytes:
         raise BundleError("BUNDLE_INCOMPLETE", f"{name}: expected a file, found none") from None
     except OSError as error:
         raise BundleError("BUNDLE_UNSAFE_FILE", f"{name}: expected a readable regular file") from error
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
             raise BundleError("BUNDLE_UNSAFE_FILE", f"{name}: expected a regular file that nothing else links to")
         if status.st_size > max_bytes:
             raise BundleError("MODEL_TOO_LARGE", f"{name}: expected at most {max_bytes} bytes, got {status.st_size}")
-        return file.read(max_bytes + 1)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(max_bytes + 1)
+    finally:
+        os.close(descriptor)
 
 
 def _parse_golden(content: bytes, manifest: Manifest) -> dict[str, NDArray[Any]]:

@@ -1,0 +1,130 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from lom.networks import LOG_STD_MAX, LOG_STD_MIN, BehaviourMixture, Critic, Mixture, OneHotHyperCritic
+
+
+def two_clusters(rows: int = 2000) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    side = torch.where(torch.rand(rows, 1, generator=generator) < 0.5, -0.6, 0.6)
+    return torch.zeros(rows, 1), side + 0.05 * torch.randn(rows, 1, generator=generator)
+
+
+def fit(mixture: BehaviourMixture, loss_of: "type[Loss]", steps: int = 400) -> Mixture:
+    observations, actions = two_clusters()
+    mixture.initialise_means(actions, torch.Generator().manual_seed(1))
+    optimiser = torch.optim.Adam(mixture.parameters(), lr=1e-2)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        loss_of.of(mixture, observations, actions).backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    with torch.no_grad():
+        result: Mixture = mixture(observations[:1])
+    return result
+
+
+class Loss:
+    @staticmethod
+    def of(mixture: BehaviourMixture, observations: Tensor, actions: Tensor) -> Tensor:
+        return mixture.negative_log_likelihood(observations, actions)
+
+
+class LossWithoutLogsumexp(Loss):
+    """The authors' code until November 2024: every component is fitted to all of the data."""
+
+    @staticmethod
+    def of(mixture: BehaviourMixture, observations: Tensor, actions: Tensor) -> Tensor:
+        parameters: Mixture = mixture(observations)
+        standardised = (actions.unsqueeze(1) - parameters.means) * torch.exp(-parameters.log_stds)
+        component = -(0.5 * standardised.square() + parameters.log_stds).sum(dim=-1)
+        return -(component + parameters.log_weights).mean()
+
+
+def test_log_prob_of_a_mixture_by_hand() -> None:
+    mixture = Mixture(
+        log_weights=torch.log(torch.tensor([[0.25, 0.75]])),
+        means=torch.tensor([[[0.0], [0.5]]]),
+        log_stds=torch.log(torch.tensor([[[0.1], [0.2]]])),
+    )
+    expected = 0.25 * math.exp(-0.5) / (0.1 * math.sqrt(2 * math.pi)) + 0.75 * math.exp(-2.0) / (
+        0.2 * math.sqrt(2 * math.pi)
+    )
+    assert mixture.log_prob(torch.tensor([[0.1]])).item() == pytest.approx(math.log(expected), rel=1e-5)
+
+
+def test_two_clusters_get_a_component_each() -> None:
+    torch.manual_seed(0)
+    parameters = fit(BehaviourMixture(1, 1, 2, (16,)), Loss)
+    assert sorted(parameters.means.flatten().tolist()) == pytest.approx([-0.6, 0.6], abs=0.02)
+    assert parameters.log_weights.exp().flatten().tolist() == pytest.approx([0.5, 0.5], abs=0.05)
+    assert parameters.log_stds.exp().flatten().tolist() == pytest.approx([0.05, 0.05], abs=0.01)
+
+
+def test_without_logsumexp_the_same_data_gives_no_mixture() -> None:
+    """Guards the test above: it would not notice the trap if this loss passed it."""
+    torch.manual_seed(0)
+    parameters = fit(BehaviourMixture(1, 1, 2, (16,)), LossWithoutLogsumexp)
+    assert parameters.means.abs().max().item() < 0.2
+
+
+def test_log_stds_stay_inside_their_bounds_and_keep_a_gradient_at_extreme_inputs() -> None:
+    mixture = BehaviourMixture(1, 1, 2, (4,))
+    for raw in (-8.0, 8.0):
+        with torch.no_grad():
+            mixture.raw_log_stds.weight.zero_()
+            mixture.raw_log_stds.bias.fill_(raw)
+        parameters: Mixture = mixture(torch.zeros(3, 1))
+        assert parameters.log_stds.min().item() >= LOG_STD_MIN
+        assert parameters.log_stds.max().item() <= LOG_STD_MAX
+        mixture.zero_grad()
+        parameters.log_stds.sum().backward()  # type: ignore[no-untyped-call]
+        assert mixture.raw_log_stds.bias.grad is not None
+        assert (mixture.raw_log_stds.bias.grad.abs() > 0).all()
+
+
+def test_means_start_at_far_apart_actions_of_the_data() -> None:
+    """Four corners, one of them rare: k-means++ seeds find all four, default initialisation starts at the middle."""
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.tensor([[-0.8, 0.8], [-0.8, -0.8], [0.8, 0.8], [0.8, -0.8]])
+    which = torch.multinomial(torch.tensor([0.45, 0.1, 0.4, 0.05]), 2000, replacement=True, generator=generator)
+    actions = corners[which] + 0.05 * torch.randn(2000, 2, generator=generator)
+    torch.manual_seed(0)
+    mixture = BehaviourMixture(1, 2, 4, (64, 64))
+    mixture.initialise_means(actions, generator)
+    with torch.no_grad():
+        means = mixture(torch.zeros(1, 1)).means[0]
+    assert (torch.cdist(corners, means).amin(dim=1) < 0.3).all()
+
+
+def test_actions_on_the_bounds_and_a_constant_action_dimension_give_finite_losses() -> None:
+    mixture = BehaviourMixture(1, 2, 3, (8,))
+    actions = torch.tensor([[1.0, 0.0], [-1.0, 0.0]]).repeat(8, 1)
+    mixture.initialise_means(actions, torch.Generator().manual_seed(0))
+    loss = mixture.negative_log_likelihood(torch.zeros(16, 1), actions)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert torch.isfinite(loss)
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in mixture.parameters())
+
+
+def test_the_split_one_hot_head_equals_one_network_on_the_joined_input() -> None:
+    torch.manual_seed(0)
+    head = OneHotHyperCritic(observation_dim=3, num_components=4, hidden=(8, 8))
+    observations = torch.randn(5, 3)
+    joined_weight = torch.cat([head.observation_weight, head.component_weight], dim=1)
+    for k in range(4):
+        one_hot = torch.nn.functional.one_hot(torch.full((5,), k), 4).float()
+        first = torch.cat([observations, one_hot], dim=1) @ joined_weight.T + head.bias
+        expected = head.rest(torch.relu(first)).squeeze(-1)
+        torch.testing.assert_close(head(observations)[:, k], expected)
+
+
+def test_critic_values_every_action_of_a_row_and_every_member() -> None:
+    torch.manual_seed(0)
+    critic = Critic(observation_dim=2, action_dim=1, num_critics=3, hidden=(8,))
+    observations, actions = torch.randn(4, 2), torch.randn(4, 5, 1)
+    values = critic(observations.unsqueeze(1).expand(-1, 5, -1), actions)
+    assert values.shape == (3, 4, 5)
+    torch.testing.assert_close(values[:, :, 2], critic(observations, actions[:, 2]))

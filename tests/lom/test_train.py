@@ -1,0 +1,143 @@
+"""`lom-train` as a user meets it: files in, a run out, or one line that says what was wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lom import train
+from lom.envs.fork import fork_demonstrations
+from lom.run import load_checkpoint, load_run
+
+QUICK = ["--preset", "small", "--mixture-steps", "30", "--steps", "30", "--eval-episodes", "2"]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "fork.npz"
+    np.savez(path, **fork_demonstrations(episodes=20, seed=0))  # type: ignore[arg-type]
+    return path
+
+
+def test_a_run_holds_policy_curves_and_evaluation(dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train.main([str(dataset), "--env", "lom/Fork-v0", "--out", str(out), *QUICK])
+    trained = load_run(out)
+    assert trained.spec.config.num_components == 8  # from the preset
+    assert trained.spec.config.steps == 30  # from the flag
+    assert set(trained.summary["evaluation"]["variants"]) == {"greedy_mode", "actor", "bc"}
+    curves = EventAccumulator(str(out / "tensorboard"))
+    curves.Reload()
+    assert {"mixture/nll", "critic/loss", "hyper_critic/mask_overruled"} <= set(curves.Tags()["scalars"])
+
+
+def test_datasets_may_be_given_both_ways(dataset: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train.main([str(dataset), "--dataset", str(dataset), "--out", str(out), *QUICK])
+    trained = load_run(out)
+    assert trained.spec.datasets == ("fork.npz", "fork.npz")
+    assert trained.spec.env is None
+    assert trained.summary["evaluation"] == {}
+
+
+def test_a_killed_run_resumes_to_the_same_result(dataset: Path, tmp_path: Path) -> None:
+    command = [
+        str(dataset),
+        "--preset",
+        "small",
+        "--mixture-steps",
+        "300",
+        "--steps",
+        "2000",
+        "--checkpoint-every",
+        "50",
+    ]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train.main([*command, "--out", str(whole)])
+    program = [sys.executable, "-m", "lom.train", *command, "--out", str(stopped)]
+    process = subprocess.Popen(program, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not (stopped / "checkpoint.safetensors").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert b"--resume goes on" in stderr
+    assert load_checkpoint(stopped)[0]["steps_done"].tolist() != [300, 2000]
+    train.main([*command, "--out", str(stopped), "--resume"])
+    expected, got = load_checkpoint(whole)[0], load_checkpoint(stopped)[0]
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, got[name]), name
+
+
+def test_resuming_with_other_settings_is_refused(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    train.main([str(dataset), "--out", str(out), *QUICK])
+    with pytest.raises(SystemExit) as caught:
+        train.main([str(dataset), "--out", str(out), *QUICK, "--seed", "1", "--resume"])
+    assert caught.value.code == 1
+    assert "expected the data, environment and settings that it began with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gone.npz", "--env", "lom/Fork-v0"], "gone.npz: expected a file, found none"),
+        (["--env", "lom/Fork-v0"], "expected at least one dataset file"),
+        (["DATA", "--env", "Hopper-v4"], "expected shape"),
+        (["DATA", "--env", "lom/Spoon-v0"], "lom/Spoon-v0"),
+        (["DATA", "--preset", "huge"], "--preset: expected one of ['locomotion_cpu', 'small', 'standard'], got 'huge'"),
+        (["DATA", "--steps", "0"], "steps: expected 1 or more, got 0"),
+        (["DATA", "--eval-episodes", "0"], "--eval-episodes: expected 1 or more, got 0"),
+        (["DATA", "--discount", "nan"], "discount: expected 0 to 1, got nan"),
+        (["DATA", "--steps", "many"], "many"),
+        (["DATA", "--resume"], "expected a training run"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as caught:
+        train.main([*(str(dataset) if word == "DATA" else word for word in arguments), "--out", str(out)])
+    assert caught.value.code not in (0, None)
+    printed = capsys.readouterr()
+    assert message in (printed.err + printed.out).replace("\n", " ")
+    assert "Traceback" not in printed.err
+    assert not out.exists()
+
+
+def test_an_existing_folder_is_refused_before_the_data_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["gone.npz", "--out", str(tmp_path)])
+    assert "expected a new folder" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_strict_refuses_actions_outside_the_space(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arrays = fork_demonstrations(episodes=3, seed=0)
+    arrays["actions"] = arrays["actions"] * 2
+    np.savez(tmp_path / "wild.npz", **arrays)  # type: ignore[arg-type]
+    with pytest.raises(SystemExit):
+        train.main([str(tmp_path / "wild.npz"), "--out", str(tmp_path / "run"), "--strict", *QUICK])
+    assert "refused because of --strict" in capsys.readouterr().err.replace("\n", " ")
+    train.main([str(tmp_path / "wild.npz"), "--out", str(tmp_path / "run"), *QUICK])
+    assert "were clipped" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_the_summary_is_strict_json(dataset: Path, tmp_path: Path) -> None:
+    train.main([str(dataset), "--out", str(tmp_path / "run"), *QUICK])
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert summary["metrics"]["critic/loss"] > 0
