@@ -23,7 +23,11 @@ class Reason(StrEnum):
     SIZE_MISMATCH = "SIZE_MISMATCH"
     EMPTY_BATCH = "EMPTY_BATCH"
     BATCH_TOO_LARGE = "BATCH_TOO_LARGE"
+    BATCH_MISMATCH = "BATCH_MISMATCH"
     NON_FINITE = "NON_FINITE"
+
+    # The bytes are no message of the contract (gRPC INTERNAL, as gRPC itself answers them).
+    BAD_MESSAGE = "BAD_MESSAGE"
 
     # The policy asked for is not here, or is not the one that the caller expects.
     MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
@@ -33,6 +37,7 @@ class Reason(StrEnum):
     # The server cannot answer in time, or at all, just now.
     QUEUE_FULL = "QUEUE_FULL"
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    MODEL_LOADING = "MODEL_LOADING"
     DRAINING = "DRAINING"
 
     # The server failed.
