@@ -9,20 +9,22 @@ import pytest
 import torch
 
 from lom.config import TrainConfig
+from lom.policy import LomPolicy
 from lom_bundle import BundleError, read_bundle
 from lom_export import exporter, main, proof
 from lom_export.exporter import ExportConfig, export_run
+from lom_export.graph import export_graph
 from tests.support.runs import save_untrained_run
 
 CONFIG = TrainConfig(mixture_steps=5, steps=4, num_components=4, hidden=(16, 16), mixture_hidden=(16, 16))
-BOUNDS = {"action_low": (-2.0, 0.0), "action_high": (2.0, 0.5)}
+LOW, HIGH = (-2.0, 0.0), (2.0, 0.5)
 
 
 @pytest.mark.parametrize("components", [1, 2, 7])
 @pytest.mark.parametrize("head", ["components", "one_hot"])
 def test_graphs_answer_as_torch_at_every_batch_size(tmp_path: Path, components: int, head: str) -> None:
     config = replace(CONFIG, num_components=components, hyper_head=head)  # type: ignore[arg-type]
-    policy = save_untrained_run(tmp_path / "run", config=config, **BOUNDS)
+    policy = save_untrained_run(tmp_path / "run", config=config, action_low=LOW, action_high=HIGH)
     export_run(ExportConfig(run=tmp_path / "run", out=tmp_path / "bundle"))
     bundle = read_bundle(tmp_path / "bundle")
     rng = np.random.default_rng(1)
@@ -42,12 +44,12 @@ def test_graphs_answer_as_torch_at_every_batch_size(tmp_path: Path, components: 
             for name, array in got.items():
                 difference = np.abs(array - expected[name].numpy())[clear]
                 assert np.nan_to_num(difference).max(initial=0.0) < 1e-4, (variant, rows, name)
-            scale = np.array([4.0, 0.5])
+            scale = np.subtract(HIGH, LOW)
             assert (np.abs(got["action"] - expected["action"].numpy())[clear] / scale).max(initial=0.0) < 1e-5
 
 
 def test_the_bundle_describes_its_policy(tmp_path: Path) -> None:
-    save_untrained_run(tmp_path / "Run 1", config=CONFIG, **BOUNDS)
+    save_untrained_run(tmp_path / "Run 1", config=CONFIG, action_low=LOW, action_high=HIGH)
     exported = export_run(ExportConfig(run=tmp_path / "Run 1", out=tmp_path / "bundle", with_bc=True))
     bundle = read_bundle(tmp_path / "bundle")
     assert bundle.digest == exported.digest
@@ -85,10 +87,9 @@ def test_one_weight_changed_by_a_thousandth_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
 ) -> None:
     save_untrained_run(tmp_path / "run", config=CONFIG)
-    honest = exporter.export_graph
 
-    def perturbing(policy: object, name: str) -> bytes:
-        graph = honest(policy, name)  # type: ignore[arg-type]
+    def perturbing(policy: LomPolicy, name: str) -> bytes:
+        graph = export_graph(policy, name)
         if name != variant:
             return graph
         model = onnx.load_from_string(graph)

@@ -53,7 +53,7 @@ def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
 
 def test_the_contract_hash_covers_names_bounds_and_order() -> None:
     def contract_hash(**changes: object) -> str:
-        return Manifest(**{**vars(MANIFEST), **changes}).contract_hash  # type: ignore[arg-type]
+        return Manifest(**{**vars(MANIFEST), **changes}).contract_hash
 
     renamed = SpaceSpec(name="state", shape=SPACE.shape, low=SPACE.low, high=SPACE.high)
     wider = SpaceSpec(name="action", shape=(1,), low=(-2.0,), high=(1.0,))

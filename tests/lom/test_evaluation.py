@@ -52,6 +52,6 @@ def test_an_infinite_action_bound_is_refused() -> None:
         observation_space = gymnasium.spaces.Box(-1, 1, (2,))
         action_space = gymnasium.spaces.Box(-np.inf, np.inf, (1,))
 
-    gymnasium.register("test/Unbounded-v0", entry_point=lambda: Unbounded())
+    gymnasium.register("test/Unbounded-v0", entry_point=Unbounded)  # type: ignore[arg-type]
     with pytest.raises(UnsuitableEnvError, match="expected finite bounds"):
         env_spaces("test/Unbounded-v0")

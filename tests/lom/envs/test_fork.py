@@ -9,7 +9,8 @@ from lom.envs.fork import ForkEnv, demonstrator_action, fork_demonstrations
 
 def drive(env: ForkEnv, actions: list[tuple[float, float]]) -> tuple[float, bool, dict[str, bool]]:
     env.reset(seed=0)
-    total, terminated, info = 0.0, False, {}
+    total, terminated = 0.0, False
+    info: dict[str, bool] = {}
     for action in actions:
         _, reward, terminated, _, info = env.step(np.array(action, np.float32))
         total += reward

@@ -1,0 +1,68 @@
+# Every target sets up what it needs. `make help` lists them.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+# pip's folder of local wheels, where one is configured: uv does not read pip's settings.
+UV := UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" $(VENV)/bin/uv
+COMPILE := $(UV) pip compile --quiet --no-header --no-annotate --python-version 3.11 -c requirements/constraints.txt pyproject.toml
+# Neither this project nor the local build of a wheel belongs into a pin.
+BARE_PINS := grep -v '^lom' | sed 's/+cpu$$//'
+STUBS_VENV := build/stubs-venv
+SERVING_VENV := build/serving-venv
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-serving lint types roads protos requirements bench-learning clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+setup: $(STAMP) ## create .venv with the pinned requirements and this project
+
+$(STAMP): requirements/dev.txt pyproject.toml
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check uv
+	$(UV) pip install --quiet --python $(PYTHON) -r requirements/dev.txt
+	$(UV) pip install --quiet --python $(PYTHON) --no-deps --editable .
+	@touch $@
+
+demo: setup ## demonstrations → LOM → bundle → server → episodes over gRPC; leaves build/demo/report.png
+	$(PYTHON) clients/examples/fork_demo.py
+
+test: setup ## every test
+	$(PYTHON) -m pytest
+
+test-serving: ## server and client tests in an environment without torch
+	test -x $(SERVING_VENV)/bin/python || python3 -m venv $(SERVING_VENV)
+	$(SERVING_VENV)/bin/pip install --quiet --disable-pip-version-check uv
+	UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" $(SERVING_VENV)/bin/uv pip install --quiet --python $(SERVING_VENV)/bin/python -r requirements/serving.txt
+	$(SERVING_VENV)/bin/uv pip install --quiet --python $(SERVING_VENV)/bin/python --no-deps --editable .
+	$(SERVING_VENV)/bin/python -c "import importlib.util as u; assert u.find_spec('torch') is None, 'torch is installed here'"
+	$(SERVING_VENV)/bin/python -m pytest tests/server tests/clients tests/protos
+
+lint: setup ## style
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: setup ## mypy, strict, over the packages and the tests
+	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy tests clients/examples
+
+roads: setup ## who may import whom
+	$(VENV)/bin/lint-imports
+
+protos: ## regenerate the stubs (in an environment of its own: the newest generator would raise the protobuf floor)
+	test -x $(STUBS_VENV)/bin/python || python3 -m venv $(STUBS_VENV)
+	$(STUBS_VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements/stubs.txt
+	PATH=$(STUBS_VENV)/bin:$$PATH $(STUBS_VENV)/bin/python -m grpc_tools.protoc -I protos --python_out=protos \
+	  --grpc_python_out=protos --mypy_out=quiet:protos --mypy_grpc_out=quiet:protos lom_api/v1/policy.proto
+
+requirements: setup ## pin again what pyproject.toml asks for
+	$(COMPILE) --extra dev | $(BARE_PINS) > requirements/dev.txt
+	$(COMPILE) requirements/serving.in --extra server -c requirements/dev.txt | $(BARE_PINS) > requirements/serving.txt
+	! grep -n '://' requirements/*.txt
+
+bench-learning: setup ## learning benchmarks; results accumulate in build/bench/learning.json
+	$(PYTHON) -m tests.bench.learning
+
+clean: ## remove everything that was built
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
