@@ -57,6 +57,8 @@ class TrainConfig:
     """Adam."""
     target_update_rate: float = 0.005
     """τ: share of the critic that enters its target at every second step."""
+    held_out_share: float = 0.05
+    """Share of the episodes that nothing is trained on, at least one of ten: export calibrates its warnings there."""
     mixture_cache_bytes: int = 1 << 30
     """The frozen mixture's outputs for the whole dataset are kept where they fit in this many bytes."""
     threads: int = 0
@@ -76,6 +78,7 @@ class TrainConfig:
             _require(bool(widths) and all(width >= 1 for width in widths), name, "one or more positive widths", widths)
         _require(self.seed >= 0, "seed", "0 or more", self.seed)
         _require(0.0 <= self.min_mixing_weight < 1.0, "min_mixing_weight", "0 to below 1", self.min_mixing_weight)
+        _require(0.0 <= self.held_out_share <= 0.5, "held_out_share", "0 to 0.5", self.held_out_share)
         _require(0.0 <= self.discount <= 1.0, "discount", "0 to 1", self.discount)
         _require(0.0 < self.target_update_rate <= 1.0, "target_update_rate", "in (0, 1]", self.target_update_rate)
         _require(

@@ -57,6 +57,25 @@ class Transitions:
         """Undiscounted return of every episode, float64[E]."""
         return np.bincount(self.episodes, weights=self.rewards).astype(np.float64)
 
+    def hold_out(self, share: float, seed: int) -> tuple["Transitions", "Transitions | None"]:
+        """Splits whole episodes off: (what to train on, what nothing may be fitted to).
+
+        `share` of the episodes, rounded, and at least one where there are ten or more; None where that gives none.
+        Both parts keep the fingerprint of the whole.
+        """
+        count = int(self.episodes[-1]) + 1
+        held_out = max(round(share * count), 1 if share > 0 and count >= 10 else 0)
+        if held_out == 0:
+            return self, None
+        chosen = np.random.default_rng(seed).permutation(count)[:held_out]
+        mask = np.isin(self.episodes, chosen)
+        return self._rows(~mask), self._rows(mask)
+
+    def _rows(self, mask: NDArray[np.bool_]) -> "Transitions":
+        arrays = {name: array[mask] for name, array in vars(self).items() if name != "fingerprint"}
+        arrays["episodes"] = np.unique(arrays["episodes"], return_inverse=True)[1].astype(np.int32)
+        return Transitions(**arrays, fingerprint=self.fingerprint)
+
 
 def load_transitions(
     paths: Sequence[Path],

@@ -10,7 +10,7 @@ RUN/
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lom.config import TrainConfig
+from lom.dataset import Transitions
 from lom.policy import LomPolicy
 
 RUN_FILE = "run.json"
 CHECKPOINT_FILE = "checkpoint.safetensors"
 SUMMARY_FILE = "summary.json"
 TENSORBOARD_FOLDER = "tensorboard"
-SAMPLE_ROWS = 4096
+SAMPLE_ROWS = 16_384
 
 _SCHEMA_VERSION = 1
-_SAMPLE_TENSOR = "sample.observations"
+_SAMPLE_PREFIX = "sample."
 
 
 class RunError(Exception):
@@ -92,17 +93,39 @@ class RunSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataSamples:
+    """Observations that stay with the run, so that it can be exported without its dataset. Environment units.
+
+    Attributes:
+        trained_on: float32[≤16384, O], drawn from the rows that were trained on.
+        held_out: float32[≤16384, O], the first rows of the episodes that were not; empty where there are none.
+    """
+
+    trained_on: NDArray[np.float32]
+    held_out: NDArray[np.float32]
+
+    @classmethod
+    def draw(cls, trained_on: Transitions, held_out: Transitions | None, seed: int) -> "DataSamples":
+        """Draws rows without replacement; the same for the same seed."""
+        rows = np.random.default_rng(seed).permutation(len(trained_on))[:SAMPLE_ROWS]
+        observations = trained_on.observations[np.sort(rows)]
+        return cls(
+            trained_on=observations,
+            held_out=observations[:0] if held_out is None else held_out.observations[:SAMPLE_ROWS],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainedRun:
     """A run's result, ready to be exported.
 
     Attributes:
-        observations: a sample of the training data, float32[≤4096, O], environment units.
         summary: the content of summary.json; empty while training goes on.
     """
 
     spec: RunSpec
     policy: LomPolicy
-    observations: NDArray[np.float32]
+    samples: DataSamples
     summary: Mapping[str, Any]
 
 
@@ -135,7 +158,7 @@ def open_run(folder: Path) -> RunSpec:
         raise RunError(f"{folder}/{RUN_FILE}: cannot be read") from error
 
 
-def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], observations: NDArray[np.float32]) -> None:
+def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], samples: DataSamples) -> None:
     """Replaces the checkpoint; a kill at any moment leaves the old one or the new one.
 
     Raises:
@@ -143,15 +166,16 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], observations: N
     """
     partial = folder / f".{CHECKPOINT_FILE}.partial"
     try:
-        save_file({**tensors, _SAMPLE_TENSOR: torch.from_numpy(observations)}, partial)
+        arrays = {f"{_SAMPLE_PREFIX}{name}": torch.from_numpy(array) for name, array in vars(samples).items()}
+        save_file({**tensors, **arrays}, partial)
         os.replace(partial, folder / CHECKPOINT_FILE)
     except (OSError, SafetensorError) as error:
         partial.unlink(missing_ok=True)
         raise RunError(f"{folder / CHECKPOINT_FILE}: cannot be written: {error}") from error
 
 
-def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], NDArray[np.float32]]:
-    """The tensors of `Learner.state()` and the sample of observations.
+def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], DataSamples]:
+    """The tensors of `Learner.state()` and the samples of the data.
 
     Raises:
         RunError: no checkpoint, or a damaged or foreign one.
@@ -161,10 +185,12 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], NDArray[np.float32
         raise RunError(f"{path}: expected a checkpoint, found none: training has not reached its first one")
     try:
         tensors = load_file(path)
-        observations: NDArray[np.float32] = tensors.pop(_SAMPLE_TENSOR).numpy()
+        samples = DataSamples(
+            **{field.name: tensors.pop(f"{_SAMPLE_PREFIX}{field.name}").numpy() for field in fields(DataSamples)}
+        )
     except (OSError, SafetensorError, KeyError) as error:
         raise RunError(f"{path}: expected a checkpoint of lom-train, it is damaged or foreign") from error
-    return tensors, observations
+    return tensors, samples
 
 
 def load_run(folder: Path) -> TrainedRun:
@@ -174,7 +200,7 @@ def load_run(folder: Path) -> TrainedRun:
         RunError: no run, a foreign or damaged checkpoint, weights that are not finite, or unfinished training.
     """
     spec = open_run(folder)
-    tensors, observations = load_checkpoint(folder)
+    tensors, samples = load_checkpoint(folder)
     low, high = torch.tensor(spec.action_low), torch.tensor(spec.action_high)
     policy = LomPolicy(spec.config, len(spec.observation_low), low, high)
     prefix = "policy."
@@ -197,7 +223,7 @@ def load_run(folder: Path) -> TrainedRun:
         summary = json.loads(summary_path.read_text()) if summary_path.is_file() else {}
     except ValueError as error:
         raise RunError(f"{summary_path}: expected JSON") from error
-    return TrainedRun(spec=spec, policy=policy.eval(), observations=observations, summary=summary)
+    return TrainedRun(spec=spec, policy=policy.eval(), samples=samples, summary=summary)
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:

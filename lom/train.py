@@ -107,7 +107,9 @@ def train(arguments: TrainArguments, console: Console) -> None:
         torch.set_num_threads(config.threads)
     spec, transitions = _read_data(arguments, console)
     _print_dataset_card(transitions, spec, console)
-    learner = Learner(transitions, config, torch.tensor(spec.action_low), torch.tensor(spec.action_high))
+    trained_on, held_out = transitions.hold_out(config.held_out_share, config.seed)
+    samples = runs.DataSamples.draw(trained_on, held_out, config.seed)
+    learner = Learner(trained_on, config, torch.tensor(spec.action_low), torch.tensor(spec.action_high))
     if arguments.resume:
         if runs.open_run(folder) != spec:
             raise runs.RunError(f"--resume {folder}: expected the data, environment and settings that it began with")
@@ -116,7 +118,7 @@ def train(arguments: TrainArguments, console: Console) -> None:
         runs.create_run(folder, spec)
 
     started = time.monotonic()
-    metrics = _learn(learner, transitions, arguments, console)
+    metrics = _learn(learner, samples, arguments, console)
     training_s = time.monotonic() - started
     evaluation = {} if spec.env is None else _evaluate(learner.policy, spec.env, arguments.eval_episodes, console)
     runs.write_summary(folder, {"training_s": round(training_s, 1), "metrics": metrics, "evaluation": evaluation})
@@ -184,12 +186,11 @@ def _print_dataset_card(transitions: Transitions, spec: runs.RunSpec, console: C
     console.print(table)
 
 
-def _learn(learner: Learner, transitions: Transitions, arguments: TrainArguments, console: Console) -> dict[str, float]:
+def _learn(
+    learner: Learner, samples: runs.DataSamples, arguments: TrainArguments, console: Console
+) -> dict[str, float]:
     """Trains to the end, with progress, curves and checkpoints; returns the last metrics."""
     config, folder = arguments.config, arguments.out
-    rng = np.random.default_rng(config.seed)
-    sample = rng.permutation(len(transitions))[: runs.SAMPLE_ROWS]
-    observations = transitions.observations[np.sort(sample)]
     totals: dict[Stage, int] = {"mixture": config.mixture_steps, "policy": config.steps}
     done: dict[Stage, int] = {"mixture": learner.mixture_steps_done, "policy": learner.policy_steps_done}
     all_metrics: dict[str, float] = {}
@@ -227,7 +228,7 @@ def _learn(learner: Learner, transitions: Transitions, arguments: TrainArguments
                 losses = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown)
                 progress.update(bars[stage], completed=steps_done, losses=losses)
             if overall % arguments.checkpoint_every == 0 or finished or stop_requested():
-                runs.save_checkpoint(folder, learner.state(), observations)
+                runs.save_checkpoint(folder, learner.state(), samples)
             if stop_requested():
                 raise KeyboardInterrupt
     return all_metrics

@@ -78,7 +78,7 @@ def export_run(config: ExportConfig, report: Callable[[str], None] = lambda stag
         graphs[variant] = export_graph(trained.policy, variant)
 
     report("comparing onnxruntime with torch")
-    observations = proof.parity_observations(trained.observations, trained.policy)
+    observations = proof.parity_observations(trained.samples.trained_on, trained.policy)
     manifest = _manifest(config, trained, variants, observations)
     rows = proof.golden_arrays(trained.policy, variants, observations)
     parity = proof.check_parity(manifest, graphs, rows)

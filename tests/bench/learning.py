@@ -101,7 +101,8 @@ def run_one(task_name: str, seed: int) -> dict[str, Any]:
     if task.min_mixing_weight is not None:
         config = replace(config, min_mixing_weight=task.min_mixing_weight)
     started = time.monotonic()
-    learner = Learner(transitions, config, torch.tensor(spaces.action_low), torch.tensor(spaces.action_high))
+    trained_on, _ = transitions.hold_out(config.held_out_share, config.seed)  # as lom-train does
+    learner = Learner(trained_on, config, torch.tensor(spaces.action_low), torch.tensor(spaces.action_high))
     for _ in learner.remaining():
         pass
     training_s = time.monotonic() - started

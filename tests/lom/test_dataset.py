@@ -172,3 +172,25 @@ def test_a_pickle_inside_an_archive_never_runs(tmp_path: Path) -> None:
 def test_no_files_at_all() -> None:
     with pytest.raises(DatasetError, match="expected at least one dataset file"):
         load_transitions([])
+
+
+def test_whole_episodes_are_held_out_and_nothing_is_lost(tmp_path: Path) -> None:
+    one = episode_arrays()
+    many = {key: np.concatenate([array] * 20) for key, array in one.items()}
+    many["rewards"] = np.arange(100, dtype=np.float32)
+    whole = load_transitions([write(tmp_path / "many.npz", many)])  # 40 episodes, of 3 and 2 rows
+    kept, held_out = whole.hold_out(0.1, seed=0)
+    assert held_out is not None
+    assert len(np.unique(held_out.episodes)) == 4
+    assert held_out.episodes.max() == 3
+    assert sorted([*kept.rewards, *held_out.rewards]) == list(range(100))
+    episode_of = dict(zip(whole.rewards, whole.episodes, strict=True))
+    assert {episode_of[r] for r in kept.rewards}.isdisjoint(episode_of[r] for r in held_out.rewards)
+    assert whole.hold_out(0.1, seed=0)[1].fingerprint == whole.fingerprint  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("copies", "share", "held_out"), [(1, 0.05, 0), (5, 0.05, 1), (5, 0.0, 0), (20, 0.5, 20)])
+def test_how_many_episodes_are_held_out(tmp_path: Path, copies: int, share: float, held_out: int) -> None:
+    arrays = {key: np.concatenate([array] * copies) for key, array in episode_arrays().items()}
+    part = load_transitions([write(tmp_path / "data.npz", arrays)]).hold_out(share, seed=0)[1]
+    assert (0 if part is None else len(np.unique(part.episodes))) == held_out

@@ -12,6 +12,7 @@ from lom.config import TrainConfig
 from lom.run import (
     CHECKPOINT_FILE,
     RUN_FILE,
+    DataSamples,
     RunError,
     RunSpec,
     create_run,
@@ -49,11 +50,12 @@ def test_an_existing_folder_is_never_touched(tmp_path: Path) -> None:
 
 
 def test_a_failed_save_keeps_the_old_checkpoint(tmp_path: Path) -> None:
-    save_checkpoint(tmp_path, {"a": torch.ones(1)}, np.zeros((1, 2), np.float32))
+    samples = DataSamples(trained_on=np.zeros((1, 2), np.float32), held_out=np.zeros((0, 2), np.float32))
+    save_checkpoint(tmp_path, {"a": torch.ones(1)}, samples)
     before = (tmp_path / CHECKPOINT_FILE).read_bytes()
     (tmp_path / f".{CHECKPOINT_FILE}.partial").mkdir()  # the next save cannot write its file
     with pytest.raises((RunError, OSError)):
-        save_checkpoint(tmp_path, {"a": torch.zeros(1)}, np.zeros((1, 2), np.float32))
+        save_checkpoint(tmp_path, {"a": torch.zeros(1)}, samples)
     assert (tmp_path / CHECKPOINT_FILE).read_bytes() == before
 
 
@@ -64,7 +66,8 @@ def test_the_loaded_policy_is_the_saved_one(tmp_path: Path) -> None:
     with torch.no_grad():
         for variant in ("greedy_mode", "actor", "bc"):
             assert torch.equal(loaded.policy(observations, variant)["action"], policy(observations, variant)["action"])
-    assert loaded.observations.shape[1] == 2
+    assert loaded.samples.trained_on.shape == (2500, 2)
+    assert loaded.samples.held_out.shape == (500, 2)
 
 
 def test_unfinished_training_is_no_result(tmp_path: Path) -> None:

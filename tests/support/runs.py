@@ -8,7 +8,7 @@ import torch
 
 from lom.config import TrainConfig
 from lom.policy import LomPolicy
-from lom.run import RunSpec, create_run, save_checkpoint
+from lom.run import DataSamples, RunSpec, create_run, save_checkpoint
 
 
 def save_untrained_run(
@@ -48,5 +48,5 @@ def save_untrained_run(
     tensors = {f"policy.{name}": tensor for name, tensor in policy.state_dict().items()}
     tensors["steps_done"] = torch.tensor(steps_done or (config.mixture_steps, config.steps))
     create_run(folder, spec)
-    save_checkpoint(folder, tensors, observations)
+    save_checkpoint(folder, tensors, DataSamples(trained_on=observations[:2500], held_out=observations[2500:]))
     return policy.eval()

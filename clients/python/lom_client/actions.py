@@ -1,0 +1,145 @@
+"""The answer to one policy call, and the checks that stand between a reply and a robot."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lom_api.codec import Array, CodecError, unpack_tensor
+from lom_api.reasons import Reason
+from lom_api.v1 import policy_pb2
+from lom_client.errors import BadReply
+from lom_client.spec import GREEDY_MODE, PolicySpec, Space
+
+# The policy clips in its own arithmetic; what it may miss a float32 bound by is rounding, not intent.
+_BOUND_TOLERANCE = np.float32(1e-5)
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Where the time of one call went. **Units**: seconds; `batch_rows` counts other callers' rows too."""
+
+    queue_s: float
+    inference_s: float
+    batch_rows: int
+    round_trip_s: float
+
+
+@dataclass(frozen=True, eq=False)
+class Actions:
+    """Checked actions, ready for the environment.
+
+    **Shapes**: for observations `[B, O]`: `actions` float32[B, A], `mode` int32[B], `margin` float32[B]; for one row
+    `[O]`: `actions` float32[A] and scalars of shape `[]`. `mode` and `margin` are None for a variant that chooses no
+    mode; `margin` is NaN where the chosen mode had no runner-up.
+
+    **Units**: environment units, finite and inside the action space without exception.
+    """
+
+    actions: NDArray[np.float32]
+    variant: str
+    mode: NDArray[np.int32] | None
+    margin: NDArray[np.float32] | None
+    policy: str
+    version: int
+    bundle_digest: str
+    sequence: int
+    timings: Timings
+
+
+def read_reply(
+    reply: policy_pb2.ActReply,
+    request: policy_pb2.ActRequest,
+    spec: PolicySpec,
+    leading: tuple[int, ...],
+    round_trip_s: float,
+) -> Actions:
+    """Message to checked actions.
+
+    Args:
+        reply: what arrived.
+        request: what it claims to answer.
+        spec: the contract that both sides agreed on.
+        leading: axes before the last one in the caller's observations, `(B,)` or `()`.
+        round_trip_s: seconds from sending to receiving.
+
+    Raises:
+        BadReply: the reply answers another request, or carries anything that must not reach a robot.
+    """
+    if reply.sequence != request.sequence:
+        raise BadReply("WRONG_SEQUENCE", f"expected {request.sequence}, got {reply.sequence}")
+    if reply.policy != request.policy:
+        raise BadReply("WRONG_POLICY", "the reply comes from another policy than the one asked for")
+    if reply.variant != request.variant:
+        raise BadReply("WRONG_VARIANT", f"expected {request.variant}, got another one")
+    if not reply.bundle_digest:
+        raise BadReply("MISSING_DIGEST", "the reply does not name the bundle that answered")
+
+    rows = request.inputs[0].shape[0]
+    actions = _read_tensor(reply.action, "action", np.dtype(np.float32), (rows, spec.action.width))
+    mode, margin = _read_mode(reply, rows, spec)
+    return Actions(
+        actions=_inside(spec.action, actions).reshape(*leading, spec.action.width),
+        variant=reply.variant,
+        mode=None if mode is None else mode.reshape(leading),
+        margin=None if margin is None else margin.reshape(leading),
+        policy=reply.policy,
+        version=reply.version,
+        bundle_digest=reply.bundle_digest,
+        sequence=reply.sequence,
+        timings=Timings(
+            queue_s=reply.timings.queue_ns * 1e-9,
+            inference_s=reply.timings.inference_ns * 1e-9,
+            batch_rows=reply.timings.batch_rows,
+            round_trip_s=round_trip_s,
+        ),
+    )
+
+
+def _read_mode(
+    reply: policy_pb2.ActReply, rows: int, spec: PolicySpec
+) -> tuple[NDArray[np.int32] | None, NDArray[np.float32] | None]:
+    expected = reply.variant == GREEDY_MODE
+    if reply.HasField("mode") != expected or reply.HasField("margin") != expected:
+        raise BadReply("WRONG_FIELDS", f"mode and margin belong to {GREEDY_MODE} and to nothing else")
+    if not expected:
+        return None, None
+    mode = _read_tensor(reply.mode, "mode", np.dtype(np.int32), (rows,))
+    margin = _read_tensor(reply.margin, "margin", np.dtype(np.float32), (rows,))
+    # Another bundle of the same contract may have another number of components.
+    num_components = spec.num_components if reply.bundle_digest == spec.bundle_digest else np.iinfo(np.int32).max
+    if (mode < 0).any() or (mode >= num_components).any():
+        raise BadReply("BAD_MODE", f"expected components 0 to {num_components - 1}")
+    if np.isinf(margin).any() or (margin < 0).any():
+        raise BadReply("BAD_MARGIN", "expected margins of 0 or more, or NaN")
+    return mode.copy(), margin.copy()
+
+
+def _read_tensor(tensor: policy_pb2.Tensor, role: str, dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> Array:
+    try:
+        array = unpack_tensor(tensor)
+    except CodecError as error:
+        raise BadReply(error.reason, f"{role}: {error.detail}") from None
+    if array.dtype != dtype:
+        raise BadReply(Reason.BAD_DTYPE, f"{role}: expected {dtype}, got {array.dtype}")
+    if array.shape != shape:
+        raise BadReply(Reason.BAD_SHAPE, f"{role}: expected {list(shape)}, got {list(array.shape)}")
+    return array
+
+
+def _inside(space: Space, actions: Array) -> NDArray[np.float32]:
+    """The actions, with rounding at the bounds removed."""
+    if not np.isfinite(actions).all():
+        raise BadReply(Reason.NON_FINITE_ACTION, "an action is NaN or infinite")
+    low_limit = space.low - _BOUND_TOLERANCE * np.maximum(1, np.abs(space.low))
+    high_limit = space.high + _BOUND_TOLERANCE * np.maximum(1, np.abs(space.high))
+    outside = (actions < low_limit) | (actions > high_limit)
+    if outside.any():
+        row, column = (int(index) for index in np.argwhere(outside)[0])
+        raise BadReply(
+            "ACTION_OUT_OF_BOUNDS",
+            f"action[{row}, {column}]: expected {space.low[column]} to {space.high[column]}, "
+            f"got {actions[row, column]}",
+        )
+    inside: NDArray[np.float32] = np.clip(actions, space.low, space.high)
+    return inside

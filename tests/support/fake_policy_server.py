@@ -1,0 +1,281 @@
+"""A policy server on a real socket that answers whatever a test tells it to: honest, late, hostile or nothing.
+
+Its policy: observation `o` in R^3, action = clip(o[:2], -1, 1); `greedy_mode` also says mode = argmax(o), and as
+margin the distance to the runner-up. Run as a program, it is the same server in a process of its own, which a test
+can freeze and kill.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Self, TypeAlias
+
+import grpc
+import numpy as np
+
+from lom_api.codec import pack_array, unpack_tensor
+from lom_api.v1 import policy_pb2
+
+PATIENCE_S = 20.0
+OBSERVATION_DIM = 3
+ACTION_DIM = 2
+NUM_COMPONENTS = 3
+POLICY = "toy"
+BUNDLE_DIGEST = "d" * 64
+CONTRACT_HASH = "c" * 64
+_SERVER_OPTIONS = [("grpc.http2.min_ping_interval_without_data_ms", 50), ("grpc.so_reuseport", 0)]
+
+Context: TypeAlias = grpc.ServicerContext
+Reply: TypeAlias = policy_pb2.ActReply | bytes
+Act: TypeAlias = Callable[[policy_pb2.ActRequest, Context], Reply]
+
+
+def honest_spec() -> policy_pb2.PolicySpec:
+    """The spec of the policy at the top of this module."""
+    float32 = policy_pb2.DATA_TYPE_FLOAT32
+    return policy_pb2.PolicySpec(
+        policy=POLICY,
+        version=1,
+        inputs=[
+            policy_pb2.Space(
+                name="observation",
+                dtype=float32,
+                shape=[OBSERVATION_DIM],
+                low=[-np.inf] * OBSERVATION_DIM,
+                high=[np.inf] * OBSERVATION_DIM,
+            )
+        ],
+        action=policy_pb2.Space(
+            name="action", dtype=float32, shape=[ACTION_DIM], low=[-1.0] * ACTION_DIM, high=[1.0] * ACTION_DIM
+        ),
+        variants=["greedy_mode", "actor"],
+        default_variant="greedy_mode",
+        bundle_digest=BUNDLE_DIGEST,
+        contract_hash=CONTRACT_HASH,
+        num_components=NUM_COMPONENTS,
+        max_batch_rows=64,
+        execution_provider="CPUExecutionProvider",
+    )
+
+
+def honest_act(request: policy_pb2.ActRequest, _context: Context) -> policy_pb2.ActReply:
+    """What a sound server answers."""
+    observation = unpack_tensor(request.inputs[0])
+    reply = policy_pb2.ActReply(
+        action=pack_array(np.clip(observation[:, :ACTION_DIM], -1, 1), "action"),
+        policy=request.policy,
+        version=1,
+        variant=request.variant,
+        bundle_digest=BUNDLE_DIGEST,
+        sequence=request.sequence,
+        timings=policy_pb2.ServerTimings(queue_ns=1000, inference_ns=2000, batch_rows=len(observation)),
+    )
+    if request.variant == "greedy_mode":
+        best_two = np.sort(observation, axis=1)[:, -2:]
+        reply.mode.CopyFrom(pack_array(np.argmax(observation, axis=1).astype(np.int32), "mode"))
+        reply.margin.CopyFrom(pack_array(best_two[:, 1] - best_two[:, 0], "margin"))
+    return reply
+
+
+def tampered(change: Callable[[policy_pb2.ActReply], object]) -> Act:
+    """An honest answer after `change` has had its way with it."""
+
+    def act(request: policy_pb2.ActRequest, context: Context) -> policy_pb2.ActReply:
+        reply = honest_act(request, context)
+        change(reply)
+        return reply
+
+    return act
+
+
+def late_act(delay_s: float) -> Act:
+    """An honest answer, `delay_s` later, unless the caller gives up first."""
+
+    def act(request: policy_pb2.ActRequest, context: Context) -> policy_pb2.ActReply:
+        _wait_for_caller_to_give_up(context, delay_s)
+        return honest_act(request, context)
+
+    return act
+
+
+def never_act(request: policy_pb2.ActRequest, context: Context) -> policy_pb2.ActReply:
+    """No answer as long as the caller waits for one."""
+    _wait_for_caller_to_give_up(context, PATIENCE_S)
+    return honest_act(request, context)
+
+
+def refusing_act(code: grpc.StatusCode, message: str) -> Act:
+    """A status instead of an answer."""
+
+    def act(_request: policy_pb2.ActRequest, context: Context) -> policy_pb2.ActReply:
+        context.abort(code, message)
+
+    return act
+
+
+class FakePolicyServer:
+    """The server, while its `with` block lasts.
+
+    Attributes:
+        act: what it answers with; may be replaced between calls.
+        spec: what it says it serves; may be changed between calls.
+        requests: the `Act` requests so far.
+        peers: who sent each of them, one name for each connection.
+        spec_requests: `GetPolicySpec` requests so far.
+        spec_delay_s: how late the spec is.
+        most_at_once: the most `Act` requests that were in work at one time.
+        given_up: set when a caller ended a call before it was answered.
+    """
+
+    def __init__(
+        self,
+        act: Act = honest_act,
+        *,
+        spec: policy_pb2.PolicySpec | None = None,
+        port: int = 0,
+        options: Sequence[tuple[str, Any]] = (),
+    ) -> None:
+        self.act = act
+        self.spec = spec or honest_spec()
+        self.spec_delay_s = 0.0
+        self.requests: list[policy_pb2.ActRequest] = []
+        self.peers: list[str] = []
+        self.spec_requests = 0
+        self.most_at_once = 0
+        self.given_up = threading.Event()
+        self._at_once = 0
+        self._lock = threading.Lock()
+        self._handlers = ThreadPoolExecutor(16)
+        self._server = grpc.server(self._handlers, options=[*_SERVER_OPTIONS, *options])
+        handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "Act": grpc.unary_unary_rpc_method_handler(
+                self._act,
+                request_deserializer=policy_pb2.ActRequest.FromString,
+                response_serializer=lambda reply: reply if isinstance(reply, bytes) else reply.SerializeToString(),
+            ),
+            "GetPolicySpec": grpc.unary_unary_rpc_method_handler(
+                self._get_policy_spec,
+                request_deserializer=policy_pb2.GetPolicySpecRequest.FromString,
+                response_serializer=policy_pb2.PolicySpec.SerializeToString,
+            ),
+        }
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler("lom_api.v1.PolicyService", handlers),)
+        )
+        self.port = self._server.add_insecure_port(f"127.0.0.1:{port}")
+        self._server.start()
+
+    @property
+    def target(self) -> str:
+        """Where a `PolicyClient` finds it."""
+        return f"grpc://127.0.0.1:{self.port}"
+
+    def stop(self) -> None:
+        """Ends the calls under way and frees the port."""
+        assert self._server.stop(grace=0).wait(PATIENCE_S), "the fake server did not stop"
+        self._handlers.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def _act(self, request: policy_pb2.ActRequest, context: Context) -> Reply:
+        with self._lock:
+            self.requests.append(request)
+            self.peers.append(context.peer())
+            self._at_once += 1
+            self.most_at_once = max(self.most_at_once, self._at_once)
+        try:
+            reply = self.act(request, context)
+            if not context.is_active():
+                self.given_up.set()
+            return reply
+        finally:
+            with self._lock:
+                self._at_once -= 1
+
+    def _get_policy_spec(self, request: policy_pb2.GetPolicySpecRequest, context: Context) -> policy_pb2.PolicySpec:
+        self.spec_requests += 1
+        if request.policy not in ("", self.spec.policy):
+            context.abort(grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND: no such policy")
+        if self.spec_delay_s:
+            _wait_for_caller_to_give_up(context, self.spec_delay_s)
+        return self.spec
+
+
+class FakePolicyServerProcess:
+    """The same server in a process of its own: `behaviour` is "honest" or "never"."""
+
+    def __init__(self, behaviour: str = "honest", *, port: int = 0) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, behaviour, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.port = int(self._next_line())
+
+    @property
+    def target(self) -> str:
+        """Where a `PolicyClient` finds it."""
+        return f"grpc://127.0.0.1:{self.port}"
+
+    def wait_until_asked(self) -> None:
+        """Returns once an `Act` request is in work."""
+        assert self._next_line() == "asked\n"
+
+    def freeze(self) -> None:
+        """Stops the process where it is; its sockets stay open."""
+        self._process.send_signal(signal.SIGSTOP)
+        # A process of many threads may answer once more after the signal was sent.
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)
+
+    def thaw(self) -> None:
+        """Ends the freeze."""
+        self._process.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """Ends the process without a chance to say goodbye."""
+        self._process.kill()
+        self._process.wait(PATIENCE_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+    def _next_line(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the fake server's process ended"
+        return line
+
+
+def _wait_for_caller_to_give_up(context: Context, patience_s: float) -> None:
+    over = threading.Event()
+    if context.add_callback(over.set):
+        over.wait(patience_s)
+
+
+def _main(behaviour: str, port: str) -> None:
+    act = {"honest": honest_act, "never": never_act}[behaviour]
+
+    def announced(request: policy_pb2.ActRequest, context: Context) -> Reply:
+        if behaviour == "never":
+            print("asked", flush=True)
+        return act(request, context)
+
+    with FakePolicyServer(announced, port=int(port)) as server:
+        print(server.port, flush=True)
+        sys.stdin.read()  # until the test's end of the pipe closes, whatever became of the test
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
