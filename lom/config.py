@@ -135,6 +135,7 @@ PRESETS: dict[str, TrainConfig] = {
         reward_scale=0.1,
         critic_learning_rate=1e-3,
         target_update_rate=0.01,
+        threads=1,
     ),
     # Low-dimensional tasks within seconds: the fork and the bandit.
     "small": replace(

@@ -141,7 +141,6 @@ def _session_options(intra_op_threads: int, allow_spinning: bool) -> ort.Session
     options.inter_op_num_threads = 1
     options.log_severity_level = _SILENT
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if allow_spinning else "0")
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
     return options
 
 

@@ -61,12 +61,6 @@ def test_a_row_alone_equals_the_row_in_a_batch(tmp_path: Path) -> None:
         np.testing.assert_allclose(alone["action"], together["action"][row : row + 1], rtol=1e-6)
 
 
-def test_denormals_are_flushed(bundle: Bundle) -> None:
-    observation = np.full((1, 3), 1e-40, dtype=np.float32)
-    answer = OnnxEngine(bundle, provider="cpu").run("actor", ("action",), {"observation": observation})
-    np.testing.assert_array_equal(answer["action"], np.zeros((1, 2)))
-
-
 def test_answers_own_their_memory(bundle: Bundle) -> None:
     engine = OnnxEngine(bundle, provider="cpu")
     rows = {"observation": golden_observations()}
