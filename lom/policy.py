@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lom.config import TrainConfig
 from lom.mode_selection import gather_component, select_mode
-from lom.networks import Actor, BehaviourMixture, HyperCritic, OneHotHyperCritic
+from lom.networks import Actor, BehaviourMixture, HyperCritic, Mixture, OneHotHyperCritic
 from lom.scaling import ActionScaler, ObservationNormaliser
 
 VARIANTS = ("greedy_mode", "actor", "bc")
@@ -34,27 +34,48 @@ class LomPolicy(nn.Module):
         self.actor = Actor(observation_dim, action_dim, config.hidden)
         self.bc = Actor(observation_dim, action_dim, config.hidden)
 
-    def greedy_mode(self, observations: Tensor) -> dict[str, Tensor]:
+    def behaviour(self, observations: Tensor) -> Mixture:
+        """The behaviour mixture in environment units: float32[B, O] -> parameters of B mixtures."""
+        mixture: Mixture = self.mixture(self.normaliser(observations))
+        return Mixture(
+            log_weights=mixture.log_weights,
+            means=self.action_scaler.from_unit(mixture.means),
+            log_stds=mixture.log_stds + self.action_scaler.log_half_range,
+        )
+
+    def greedy_mode(
+        self, observations: Tensor, forced_mode: Tensor | None = None, noise: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Chooses a component and acts by its mean, with everything that explains the choice.
 
-        Shapes: observations float32[B, O] -> action float32[B, A], mode int32[B], margin float32[B], hyper_q and
-        mixing_weights float32[B, M], component_means and component_log_stds float32[B, M, A]. Action, means and
-        standard deviations are in environment units.
+        Args:
+            observations: float32[B, O].
+            forced_mode: int32[B]; a component to act by instead of the chosen one, or -1.
+            noise: float32[B, A]; the action is the mean plus noise times the component's standard deviation, inside
+                the bounds. An input, never drawn inside, so that every runtime gives the same answer.
+
+        Returns:
+            action float32[B, A]; mode int32[B], the component that acted; margin float32[B], of the free choice;
+            hyper_q and mixing_weights float32[B, M]; component_means and component_log_stds float32[B, M, A].
+            Action, means and standard deviations are in environment units.
         """
-        normalised = self.normaliser(observations)
-        mixture = self.mixture(normalised)
-        hyper_q = self.hyper_critic(normalised)
-        mixing_weights = mixture.log_weights.exp()
-        component_means = self.action_scaler.from_unit(mixture.means)
+        behaviour = self.behaviour(observations)
+        hyper_q = self.hyper_critic(self.normaliser(observations))
+        mixing_weights = behaviour.log_weights.exp()
         choice = select_mode(hyper_q, mixing_weights, self.min_mixing_weight)
+        mode = choice.mode if forced_mode is None else torch.where(forced_mode >= 0, forced_mode.long(), choice.mode)
+        action = gather_component(behaviour.means, mode)
+        if noise is not None:
+            std = gather_component(behaviour.log_stds, mode).exp()
+            action = self.action_scaler.clamp(action + noise * std)
         return {
-            "action": gather_component(component_means, choice.mode),
-            "mode": choice.mode.to(torch.int32),
+            "action": action,
+            "mode": mode.to(torch.int32),
             "margin": choice.margin,
             "hyper_q": hyper_q,
             "mixing_weights": mixing_weights,
-            "component_means": component_means,
-            "component_log_stds": mixture.log_stds + self.action_scaler.log_half_range,
+            "component_means": behaviour.means,
+            "component_log_stds": behaviour.log_stds,
         }
 
     def forward(self, observations: Tensor, variant: str) -> Mapping[str, Tensor]:

@@ -29,7 +29,7 @@ RUN_FILE = "run.json"
 CHECKPOINT_FILE = "checkpoint.safetensors"
 SUMMARY_FILE = "summary.json"
 TENSORBOARD_FOLDER = "tensorboard"
-SAMPLE_ROWS = 16_384
+SAMPLE_ROWS = 8192
 
 _SCHEMA_VERSION = 1
 _SAMPLE_PREFIX = "sample."
@@ -97,21 +97,28 @@ class DataSamples:
     """Observations that stay with the run, so that it can be exported without its dataset. Environment units.
 
     Attributes:
-        trained_on: float32[≤16384, O], drawn from the rows that were trained on.
-        held_out: float32[≤16384, O], the first rows of the episodes that were not; empty where there are none.
+        trained_on: float32[≤8192, O], drawn from the rows that were trained on.
+        trained_on_episodes: int32[≤8192], which episode each of them belongs to.
+        held_out: float32[≤8192, O], the first rows of the episodes that were not; empty where there are none.
+        held_out_episodes: int32[≤8192], likewise.
     """
 
     trained_on: NDArray[np.float32]
+    trained_on_episodes: NDArray[np.int32]
     held_out: NDArray[np.float32]
+    held_out_episodes: NDArray[np.int32]
 
     @classmethod
     def draw(cls, trained_on: Transitions, held_out: Transitions | None, seed: int) -> "DataSamples":
         """Draws rows without replacement; the same for the same seed."""
-        rows = np.random.default_rng(seed).permutation(len(trained_on))[:SAMPLE_ROWS]
-        observations = trained_on.observations[np.sort(rows)]
+        rows = np.sort(np.random.default_rng(seed).permutation(len(trained_on))[:SAMPLE_ROWS])
+        kept = slice(0, SAMPLE_ROWS) if held_out is not None else slice(0, 0)
+        apart = held_out or trained_on
         return cls(
-            trained_on=observations,
-            held_out=observations[:0] if held_out is None else held_out.observations[:SAMPLE_ROWS],
+            trained_on=trained_on.observations[rows],
+            trained_on_episodes=trained_on.episodes[rows],
+            held_out=apart.observations[kept],
+            held_out_episodes=apart.episodes[kept],
         )
 
 

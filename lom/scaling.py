@@ -55,5 +55,8 @@ class ActionScaler(nn.Module):
 
     def from_unit(self, unit_actions: Tensor) -> Tensor:
         """float32[..., A], network units -> environment units, inside the bounds whatever the input."""
-        actions = self.low + (unit_actions + 1.0) * 0.5 * (self.high - self.low)
+        return self.clamp(self.low + (unit_actions + 1.0) * 0.5 * (self.high - self.low))
+
+    def clamp(self, actions: Tensor) -> Tensor:
+        """float32[..., A], environment units, moved inside the bounds."""
         return torch.minimum(torch.maximum(actions, self.low), self.high)

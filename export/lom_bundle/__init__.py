@@ -4,6 +4,7 @@
       manifest.json      what the policy takes and returns, who made it, sha256 of every other file
       greedy_mode.onnx   one complete graph per variant: raw observations in, environment-unit actions out
       actor.onnx
+      greedy_mode_explain.onnx   the same policy with forced mode, noise and diagnostics
       golden.npz         observations with the answers that torch gave; whoever loads the bundle replays them
       README.md          the same facts for people
 
@@ -15,9 +16,11 @@ from lom_bundle.golden import GoldenReport, check_golden
 from lom_bundle.manifest import (
     SCHEMA_VERSION,
     GoldenSpec,
+    GraphSpec,
     Manifest,
     SpaceSpec,
     VariantSpec,
+    WarningSpec,
 )
 from lom_bundle.reader import Bundle, read_bundle
 from lom_bundle.writer import write_bundle
@@ -28,9 +31,11 @@ __all__ = [
     "BundleError",
     "GoldenReport",
     "GoldenSpec",
+    "GraphSpec",
     "Manifest",
     "SpaceSpec",
     "VariantSpec",
+    "WarningSpec",
     "check_golden",
     "read_bundle",
     "write_bundle",

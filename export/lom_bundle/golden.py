@@ -77,6 +77,9 @@ def check_golden(
             )
     error = np.abs(flat - expected.reshape(rows, -1)) / (high - low)
     error[tie] = 0.0
+    for name, values in outputs.items():
+        if name not in ("action", "mode") and f"{variant}.{name}" in golden:
+            _check_output(manifest, variant, name, values, golden[f"{variant}.{name}"], tie)
     worst = float(error.max(initial=0.0))
     if worst > manifest.golden.action_tolerance:
         row = int(np.unravel_index(int(error.argmax()), error.shape)[0])
@@ -86,3 +89,31 @@ def check_golden(
             f"got {worst:.3g}",
         )
     return GoldenReport(rows=rows, ties=int(tie.sum()), action_error=worst)
+
+
+def _check_output(
+    manifest: Manifest,
+    variant: str,
+    name: str,
+    values: NDArray[Any],
+    expected: NDArray[Any],
+    tie: NDArray[np.bool_],
+) -> None:
+    """Margins, scores and diagnostics: NaN where torch says NaN, else close to what torch says."""
+    if values.shape != expected.shape:
+        raise BundleError(
+            "SELF_TEST_FAILED", f"{variant}: {name}: expected shape {list(expected.shape)}, got {list(values.shape)}"
+        )
+    rows = (len(expected), -1)
+    wanted, got = expected.reshape(rows).astype(np.float64), values.reshape(rows).astype(np.float64)
+    error = np.abs(got - wanted) / np.maximum(np.abs(wanted), 1.0)
+    error = np.where(np.isnan(wanted) & np.isnan(got), 0.0, error)
+    # Written so that a NaN on one side only is wrong.
+    wrong = ~(error <= manifest.golden.output_tolerance) & ~tie[:, None]
+    if wrong.any():
+        row, element = (int(index) for index in np.argwhere(wrong)[0])
+        raise BundleError(
+            "SELF_TEST_FAILED",
+            f"{variant}: row {row}: {name}: expected {wanted[row, element]:.6g} within "
+            f"{manifest.golden.output_tolerance:g}, got {got[row, element]:.6g}",
+        )

@@ -27,6 +27,8 @@ class SpaceSpec:
         name: the graph's tensor name.
         shape: without the batch axis.
         low, high: bounds of every element, flattened row-major, in environment units; ±inf where unbounded.
+        element_names: what each element is (a joint, say), in order; empty where the exporter was not told.
+        units: unit of each element; empty where the exporter was not told.
     """
 
     name: str
@@ -34,6 +36,8 @@ class SpaceSpec:
     low: tuple[float, ...]
     high: tuple[float, ...]
     dtype: str = "float32"
+    element_names: tuple[str, ...] = ()
+    units: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.dtype != "float32":
@@ -46,21 +50,47 @@ class SpaceSpec:
                 "BAD_MANIFEST",
                 f"space {self.name!r}: expected {size} bounds, got {len(self.low)} low and {len(self.high)} high",
             )
+        for field_name in ("element_names", "units"):
+            told = len(getattr(self, field_name))
+            if told not in (0, size):
+                raise BundleError("BAD_MANIFEST", f"space {self.name!r}: {field_name}: expected {size}, got {told}")
+        if len(set(self.element_names)) != len(self.element_names):
+            raise BundleError("BAD_MANIFEST", f"space {self.name!r}: element_names: expected each one once")
         if not all(low < high for low, high in zip(self.low, self.high, strict=True)):
             raise BundleError("BAD_MANIFEST", f"space {self.name!r}: expected every low below its high")
 
 
 @dataclass(frozen=True, kw_only=True)
-class VariantSpec:
-    """One policy graph of the bundle.
+class GraphSpec:
+    """One ONNX graph.
 
     Attributes:
-        graph: file name of the ONNX graph.
-        outputs: tensor names; `action` always, for `greedy_mode` also `mode`, `margin` and the diagnostics.
+        graph: its file name.
+        outputs: its tensor names; `action` always, for `greedy_mode` also `mode` and `margin`, and where the bundle
+            is calibrated `state_score` and `action_score`.
+        inputs: tensor names beyond those of the contract.
     """
 
     graph: str
     outputs: tuple[str, ...]
+    inputs: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if "action" not in self.outputs:
+            raise BundleError("BAD_MANIFEST", f"graph {self.graph[:64]!r}: expected an output 'action'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantSpec(GraphSpec):
+    """One way to act.
+
+    Attributes:
+        explain: a second, slower graph of the same policy that also takes a forced mode and sampling noise, and also
+            returns hyper-Q, mixing weights, means and standard deviations of every component. None where there is
+            nothing to explain.
+    """
+
+    explain: GraphSpec | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +101,42 @@ class GoldenSpec:
         rows: number of golden observations.
         action_tolerance: largest difference of an action element, as a fraction of that element's range.
         tie_width: a row whose margin (hyper-Q units) is below it is a tie: either mode is right there.
+        output_tolerance: largest difference of any other output, relative to its size where that is above 1.
     """
 
     rows: int
     action_tolerance: float
     tie_width: float
+    output_tolerance: float = 1e-4
+
+    def __post_init__(self) -> None:
+        # A hostile manifest must not be able to switch its own proof off.
+        for name in ("action_tolerance", "tie_width", "output_tolerance"):
+            value = getattr(self, name)
+            if not 0.0 <= value < math.inf:
+                raise BundleError("BAD_MANIFEST", f"golden.{name}: expected a finite number of 0 or more, got {value}")
+        if self.rows < 1:
+            raise BundleError("BAD_MANIFEST", f"golden.rows: expected 1 or more, got {self.rows}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarningSpec:
+    """When a score of the graph is worth a warning: `score > threshold`, and always where it is NaN.
+
+    Attributes:
+        thresholds: by variant.
+        false_alarm_rate: share of ordinary rows that the threshold was set to flag.
+        calibration: how it was set, for people.
+        held_out_episodes, held_out_rows: what the rates below were measured on; 0 where nothing was held out.
+        held_out_false_alarms: by variant, the share of those rows above the threshold.
+    """
+
+    thresholds: Mapping[str, float]
+    false_alarm_rate: float
+    calibration: str
+    held_out_episodes: int
+    held_out_rows: int
+    held_out_false_alarms: Mapping[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +150,10 @@ class Manifest:
         default_variant: the one that runs when a request names none.
         num_components: M of the behaviour mixture.
         min_mixing_weight: components below it are never chosen.
+        control_period_s: seconds between two observations in the training data; None where the exporter was not told.
+        precision: of the graphs' weights, `fp32`, `fp16` or `int8`.
+        warnings: by score, `state_score` (is the observation like the training data?) and `action_score` (would the
+            behaviour have acted like this?); empty where there was nothing to calibrate on.
         files: {file name: {"sha256": hexadecimal, "bytes": size}}; the writer fills it in.
         evaluation: what chose the default variant; empty when no environment was given.
         provenance: versions, dataset fingerprint, training configuration, parity measured at export.
@@ -102,6 +167,9 @@ class Manifest:
     num_components: int
     min_mixing_weight: float
     golden: GoldenSpec
+    control_period_s: float | None = None
+    precision: str = "fp32"
+    warnings: Mapping[str, WarningSpec] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -114,19 +182,29 @@ class Manifest:
                 "BAD_MANIFEST",
                 f"default_variant: expected one of {sorted(self.variants)}, got {self.default_variant!r}",
             )
-        for name, variant in self.variants.items():
-            if "action" not in variant.outputs:
-                raise BundleError("BAD_MANIFEST", f"variant {name!r}: expected an output 'action'")
         for file_name in self.files:
             if not _FILE_NAME.fullmatch(file_name):
                 raise BundleError("BAD_MANIFEST", f"files: expected a plain file name, got {file_name[:64]!r}")
         if not math.isfinite(self.min_mixing_weight) or self.num_components < 1:
             raise BundleError("BAD_MANIFEST", "expected num_components of 1 or more and a finite min_mixing_weight")
+        period = self.control_period_s
+        if period is not None and not 0.0 < period < math.inf:
+            raise BundleError("BAD_MANIFEST", f"control_period_s: expected a finite number above 0, got {period!r}")
+
+    @property
+    def graph_files(self) -> tuple[str, ...]:
+        """File names of all graphs."""
+        graphs = [graph for variant in self.variants.values() for graph in (variant, variant.explain)]
+        return tuple(graph.graph for graph in graphs if graph is not None)
 
     @property
     def contract_hash(self) -> str:
-        """sha256 over names, order, shapes, dtypes and bounds of inputs and action, hexadecimal."""
-        contract = {"inputs": [_space_to_json(space) for space in self.inputs], "action": _space_to_json(self.action)}
+        """sha256 over names, order, shapes, dtypes, units and bounds of inputs and action, and the control period."""
+        contract = {
+            "inputs": [_space_to_json(space) for space in self.inputs],
+            "action": _space_to_json(self.action),
+            "control_period_s": self.control_period_s,
+        }
         return hashlib.sha256(json.dumps(contract, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -141,7 +219,10 @@ class Manifest:
             "default_variant": self.default_variant,
             "num_components": self.num_components,
             "min_mixing_weight": self.min_mixing_weight,
+            "control_period_s": self.control_period_s,
+            "precision": self.precision,
             "golden": asdict(self.golden),
+            "warnings": {name: asdict(warning) for name, warning in self.warnings.items()},
             "evaluation": self.evaluation,
             "provenance": self.provenance,
             "files": self.files,
@@ -169,18 +250,19 @@ class Manifest:
                 policy=document["policy"],
                 inputs=tuple(_space_from_json(space) for space in document["inputs"]),
                 action=_space_from_json(document["action"]),
-                variants={
-                    name: VariantSpec(graph=variant["graph"], outputs=tuple(variant["outputs"]))
-                    for name, variant in document["variants"].items()
-                },
+                variants={name: _variant_from_json(variant) for name, variant in document["variants"].items()},
                 default_variant=document["default_variant"],
                 num_components=int(document["num_components"]),
                 min_mixing_weight=float(document["min_mixing_weight"]),
                 golden=GoldenSpec(
                     rows=int(document["golden"]["rows"]),
                     action_tolerance=float(document["golden"]["action_tolerance"]),
+                    output_tolerance=float(document["golden"]["output_tolerance"]),
                     tie_width=float(document["golden"]["tie_width"]),
                 ),
+                control_period_s=_optional_float(document["control_period_s"]),
+                precision=str(document["precision"]),
+                warnings={name: _warning_from_json(warning) for name, warning in document["warnings"].items()},
                 evaluation=dict(document["evaluation"]),
                 provenance=dict(document["provenance"]),
                 files={
@@ -190,7 +272,7 @@ class Manifest:
             )
         except KeyError as error:
             raise BundleError("BAD_MANIFEST", f"manifest.json: expected a field {error.args[0]!r}") from error
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise BundleError("BAD_MANIFEST", "manifest.json: a field has the wrong type") from error
         if document.get("contract_hash") != manifest.contract_hash:
             raise BundleError("CONTRACT_MISMATCH", "manifest.json: contract_hash does not belong to its spaces")
@@ -204,6 +286,8 @@ def _space_to_json(space: SpaceSpec) -> dict[str, Any]:
         "shape": list(space.shape),
         "low": [value if math.isfinite(value) else None for value in space.low],
         "high": [value if math.isfinite(value) else None for value in space.high],
+        "element_names": list(space.element_names),
+        "units": list(space.units),
     }
 
 
@@ -214,4 +298,32 @@ def _space_from_json(space: Mapping[str, Any]) -> SpaceSpec:
         shape=tuple(int(dim) for dim in space["shape"]),
         low=tuple(-math.inf if value is None else float(value) for value in space["low"]),
         high=tuple(math.inf if value is None else float(value) for value in space["high"]),
+        element_names=tuple(str(name) for name in space["element_names"]),
+        units=tuple(str(unit) for unit in space["units"]),
     )
+
+
+def _graph_from_json(graph: Mapping[str, Any]) -> GraphSpec:
+    return GraphSpec(graph=str(graph["graph"]), outputs=tuple(graph["outputs"]), inputs=tuple(graph["inputs"]))
+
+
+def _variant_from_json(variant: Mapping[str, Any]) -> VariantSpec:
+    explain = variant["explain"]
+    return VariantSpec(
+        **vars(_graph_from_json(variant)), explain=None if explain is None else _graph_from_json(explain)
+    )
+
+
+def _warning_from_json(warning: Mapping[str, Any]) -> WarningSpec:
+    return WarningSpec(
+        thresholds={name: float(value) for name, value in warning["thresholds"].items()},
+        false_alarm_rate=float(warning["false_alarm_rate"]),
+        calibration=str(warning["calibration"]),
+        held_out_episodes=int(warning["held_out_episodes"]),
+        held_out_rows=int(warning["held_out_rows"]),
+        held_out_false_alarms={name: float(value) for name, value in warning["held_out_false_alarms"].items()},
+    )
+
+
+def _optional_float(value: Any) -> float | None:
+    return None if value is None else float(value)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from lom_bundle.errors import BundleError
 from lom_bundle.manifest import CARD_FILE, GOLDEN_FILE, MANIFEST_FILE, Manifest
+from lom_bundle.signature import SIGNATURE_FILE, sign
 
 
 def write_bundle(
@@ -24,19 +25,29 @@ def write_bundle(
     graphs: Mapping[str, bytes],
     golden: Mapping[str, NDArray[Any]],
     card: str,
+    explain_graphs: Mapping[str, bytes] | None = None,
+    sign_key: bytes | None = None,
 ) -> str:
     """Writes `manifest` (its `files` are filled in here), graphs by variant, golden arrays and the card.
+
+    Args:
+        sign_key: Ed25519 private key in PEM; the bundle gets its signature.
 
     Returns:
         The bundle's digest (sha256 of manifest.json, hexadecimal).
 
     Raises:
-        BundleError: DESTINATION_EXISTS, or NO_SPACE when the disk refuses; nothing is left behind in either case.
+        BundleError: DESTINATION_EXISTS, BAD_KEY, SIGNING_UNAVAILABLE, or NO_SPACE when the disk refuses; nothing is
+            left behind in any case.
     """
     destination = Path(path)
     if destination.exists() or destination.is_symlink():
         raise BundleError("DESTINATION_EXISTS", f"expected a new folder, {str(destination)!r} is there already")
     contents = {manifest.variants[name].graph: graph for name, graph in graphs.items()}
+    for name, graph in (explain_graphs or {}).items():
+        explain = manifest.variants[name].explain
+        assert explain is not None, f"the manifest names no explain graph of {name}"
+        contents[explain.graph] = graph
     contents[GOLDEN_FILE] = _pack_golden(golden)
     contents[CARD_FILE] = card.encode()
     listed = replace(
@@ -47,6 +58,8 @@ def write_bundle(
         },
     )
     manifest_bytes = listed.to_json().encode()
+    if sign_key is not None:
+        contents[SIGNATURE_FILE] = sign(manifest_bytes, sign_key)
     contents[MANIFEST_FILE] = manifest_bytes  # written last: without it, the folder is no bundle
     staging: Path | None = None
     try:

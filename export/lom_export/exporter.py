@@ -1,6 +1,7 @@
 """From a run to a bundle, or to an error and no bundle."""
 
 import re
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -11,12 +12,34 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+import lom
 from lom.evaluation import EVALUATION_SEED, UnsuitableEnvError, env_spaces, evaluate
 from lom.run import RunSpec, TrainedRun, load_run
-from lom_bundle import BundleError, GoldenSpec, Manifest, SpaceSpec, VariantSpec, write_bundle
+from lom_bundle import (
+    BundleError,
+    GoldenSpec,
+    GraphSpec,
+    Manifest,
+    SpaceSpec,
+    VariantSpec,
+    WarningSpec,
+    write_bundle,
+)
 from lom_export import proof
 from lom_export.card import model_card
-from lom_export.graph import INPUT_NAME, OPSET_VERSION, OUTPUT_NAMES, export_graph
+from lom_export.contract import Contract, ContractError, read_contract
+from lom_export.graph import (
+    EXPLAINED_VARIANT,
+    METADATA_KEY,
+    OBSERVATION,
+    OPSET_VERSION,
+    PolicyGraph,
+    export_graph,
+    with_metadata,
+)
+from lom_export.warning_scores import calibrate
+
+EXPLAIN_GRAPH = f"{EXPLAINED_VARIANT}_explain.onnx"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +52,10 @@ class ExportConfig:
         env: gymnasium id; its evaluation chooses the default variant. None: `greedy_mode` is the default.
         episodes: episodes per variant of that evaluation.
         name: name under which the policy is served; None derives it from the environment or the run.
+        contract: JSON file with names, units and control period; None: the bundle states none.
         with_bc: also export behaviour cloning, as variant `bc`, to compare with on the robot.
+        false_alarm_rate: share of ordinary rows that each warning may flag.
+        sign_key: PEM file of an Ed25519 private key; None leaves the bundle unsigned.
     """
 
     run: Path
@@ -37,11 +63,16 @@ class ExportConfig:
     env: str | None = None
     episodes: int = 20
     name: str | None = None
+    contract: Path | None = None
     with_bc: bool = False
+    false_alarm_rate: float = 0.01
+    sign_key: Path | None = None
 
     def __post_init__(self) -> None:
         if self.episodes < 1:
             raise ValueError(f"--episodes: expected 1 or more, got {self.episodes}")
+        if not 0.0 < self.false_alarm_rate <= 0.5:
+            raise ValueError(f"--false-alarm-rate: expected above 0 to 0.5, got {self.false_alarm_rate}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,32 +92,44 @@ def export_run(config: ExportConfig, report: Callable[[str], None] = lambda stag
         report: is told the name of each stage as it begins.
 
     Raises:
-        lom.run.RunError, UnsuitableEnvError, GraphError, BundleError: no bundle is left behind.
+        lom.run.RunError, UnsuitableEnvError, ContractError, GraphError, BundleError: no bundle is left behind.
     """
     started = time.monotonic()
     if config.out.exists():
         raise BundleError("DESTINATION_EXISTS", f"--out: expected a new folder, {str(config.out)!r} is there already")
+    contract = read_contract(config.contract) if config.contract else Contract()
+    sign_key = _read_key(config.sign_key) if config.sign_key else None
     report("reading the run")
     trained = load_run(config.run)
+    _check_contract(contract, trained.spec)
     if config.env is not None:
         _check_env(config.env, trained.spec)
     variants = ("greedy_mode", "actor", *(("bc",) if config.with_bc else ()))
 
+    report("calibrating the warnings")
+    state_score, warnings = calibrate(
+        trained.policy, trained.samples, variants, false_alarm_rate=config.false_alarm_rate, seed=0
+    )
+    modules = {variant: PolicyGraph(trained.policy, variant, state_score) for variant in variants}
+    explain = PolicyGraph(trained.policy, EXPLAINED_VARIANT, state_score, explain=True)
     graphs = {}
-    for variant in variants:
-        report(f"tracing {variant}")
-        graphs[variant] = export_graph(trained.policy, variant)
+    for file_name, module in [
+        *((f"{name}.onnx", module) for name, module in modules.items()),
+        (EXPLAIN_GRAPH, explain),
+    ]:
+        report(f"tracing {file_name}")
+        graphs[file_name] = export_graph(module)
 
     report("comparing onnxruntime with torch")
-    observations = proof.parity_observations(trained.samples.trained_on, trained.policy)
-    manifest = _manifest(config, trained, variants, observations)
-    rows = proof.golden_arrays(trained.policy, variants, observations)
-    parity = proof.check_parity(manifest, graphs, rows)
+    rows = proof.golden_arrays(modules, explain, proof.parity_observations(trained.samples.trained_on, trained.policy))
+    manifest = _manifest(config, contract, trained, modules, explain, warnings, rows)
     if config.env is not None:
         report(f"playing {config.episodes} episodes per variant in {config.env}")
-        evaluation = _evaluate(graphs, config.env, config.episodes)
+        evaluation = _evaluate(manifest, graphs, config.env, config.episodes)
         candidates = {name: evaluation["variants"][name]["return_mean"] for name in ("greedy_mode", "actor")}
         manifest = replace(manifest, evaluation=evaluation, default_variant=max(candidates, key=candidates.__getitem__))
+    graphs = {name: with_metadata(graph, _metadata(manifest)) for name, graph in graphs.items()}
+    parity = _prove(manifest, graphs, modules, explain, rows)
     manifest = replace(
         manifest,
         provenance={**manifest.provenance, "parity": {name: asdict(result) for name, result in parity.items()}},
@@ -95,37 +138,90 @@ def export_run(config: ExportConfig, report: Callable[[str], None] = lambda stag
     digest = write_bundle(
         config.out,
         manifest,
-        graphs=graphs,
-        golden={name: array[: proof.GOLDEN_ROWS] for name, array in rows.items()},
+        graphs={name: graphs[variant.graph] for name, variant in manifest.variants.items()},
+        explain_graphs={EXPLAINED_VARIANT: graphs[EXPLAIN_GRAPH]},
+        golden=_golden_part(manifest, rows),
         card=model_card(manifest),
+        sign_key=sign_key,
     )
     return Exported(manifest=manifest, digest=digest, parity=parity, seconds=time.monotonic() - started)
 
 
+def _prove(
+    manifest: Manifest,
+    graphs: Mapping[str, bytes],
+    modules: Mapping[str, PolicyGraph],
+    explain: PolicyGraph,
+    rows: Mapping[str, NDArray[Any]],
+) -> dict[str, proof.ParityReport]:
+    """The gate, on exactly the bytes that the bundle will hold."""
+    parity = {}
+    for name, variant in manifest.variants.items():
+        proof.check_weights(modules[name], graphs[variant.graph])
+        parity[name] = proof.check_parity(manifest, name, graphs[variant.graph], rows)
+    proof.check_weights(explain, graphs[EXPLAIN_GRAPH])
+    nothing_forced = proof.free_choice(len(rows[OBSERVATION]), explain.policy)
+    proof.check_parity(manifest, EXPLAINED_VARIANT, graphs[EXPLAIN_GRAPH], rows, nothing_forced)
+    proof.check_overrides(manifest, graphs[EXPLAIN_GRAPH], explain, rows[OBSERVATION])
+    return parity
+
+
+def _golden_part(manifest: Manifest, rows: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """What the bundle carries of the compared rows: the first ones, and the outputs of the graphs that act."""
+    names = [OBSERVATION, *(f"{name}.{output}" for name, spec in manifest.variants.items() for output in spec.outputs)]
+    return {name: rows[name][: proof.GOLDEN_ROWS] for name in names}
+
+
 def _manifest(
-    config: ExportConfig, trained: TrainedRun, variants: tuple[str, ...], observations: NDArray[np.float32]
+    config: ExportConfig,
+    contract: Contract,
+    trained: TrainedRun,
+    modules: Mapping[str, PolicyGraph],
+    explain: PolicyGraph,
+    warnings: Mapping[str, WarningSpec],
+    rows: Mapping[str, NDArray[Any]],
 ) -> Manifest:
     spec = trained.spec
+    explained = GraphSpec(graph=EXPLAIN_GRAPH, outputs=explain.output_names, inputs=explain.input_names[1:])
     return Manifest(
         policy=config.name or _default_name(spec.env or config.run.resolve().name),
         inputs=(
             SpaceSpec(
-                name=INPUT_NAME,
+                name=OBSERVATION,
                 shape=(len(spec.observation_low),),
                 low=spec.observation_low,
                 high=spec.observation_high,
+                element_names=contract.observation_names,
+                units=contract.observation_units,
             ),
         ),
-        action=SpaceSpec(name="action", shape=(len(spec.action_low),), low=spec.action_low, high=spec.action_high),
-        variants={name: VariantSpec(graph=f"{name}.onnx", outputs=OUTPUT_NAMES[name]) for name in variants},
+        action=SpaceSpec(
+            name="action",
+            shape=(len(spec.action_low),),
+            low=spec.action_low,
+            high=spec.action_high,
+            element_names=contract.action_names,
+            units=contract.action_units,
+        ),
+        variants={
+            name: VariantSpec(
+                graph=f"{name}.onnx",
+                outputs=module.output_names,
+                explain=explained if name == EXPLAINED_VARIANT else None,
+            )
+            for name, module in modules.items()
+        },
         default_variant="greedy_mode",
         num_components=spec.config.num_components,
         min_mixing_weight=spec.config.effective_min_mixing_weight,
+        control_period_s=contract.control_period_s,
         golden=GoldenSpec(
             rows=proof.GOLDEN_ROWS,
             action_tolerance=proof.ACTION_TOLERANCE,
-            tie_width=proof.tie_width(trained.policy, observations),
+            output_tolerance=proof.OUTPUT_TOLERANCE,
+            tie_width=proof.tie_width(rows[f"{EXPLAINED_VARIANT}.hyper_q"]),
         ),
+        warnings=warnings,
         provenance={
             "datasets": list(spec.datasets),
             "dataset_rows": spec.dataset_rows,
@@ -135,8 +231,52 @@ def _manifest(
             "training_config_digest": spec.config.digest,
             "onnx_opset": OPSET_VERSION,
             "versions": {name: version(name) for name in ("lom", "torch", "onnx", "onnxruntime", "numpy")},
+            "commit": _commit(),
         },
     )
+
+
+def _metadata(manifest: Manifest) -> dict[str, str]:
+    """What the ONNX files say of themselves; the digests of the files cannot be among it.
+
+    `observation_names` and `joint_names` are the keys that other robot tools look for.
+    """
+    metadata = {METADATA_KEY: manifest.to_json(), "lom.contract_hash": manifest.contract_hash}
+    for key, names in (
+        ("observation_names", manifest.inputs[0].element_names),
+        ("joint_names", manifest.action.element_names),
+    ):
+        if names:
+            metadata[key] = ",".join(names)
+    return metadata
+
+
+def _commit() -> str | None:
+    """The commit of this source tree, where it is one."""
+    folder = Path(lom.__file__).parent
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _read_key(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BundleError("BAD_KEY", f"--sign-key {path}: expected a readable PEM file") from error
+
+
+def _check_contract(contract: Contract, spec: RunSpec) -> None:
+    for name, texts, expected in (
+        ("observation.names", contract.observation_names, len(spec.observation_low)),
+        ("observation.units", contract.observation_units, len(spec.observation_low)),
+        ("action.names", contract.action_names, len(spec.action_low)),
+        ("action.units", contract.action_units, len(spec.action_low)),
+    ):
+        if len(texts) not in (0, expected):
+            raise ContractError(f"--contract: {name}: expected {expected}, got {len(texts)}")
 
 
 def _default_name(origin: str) -> str:
@@ -157,14 +297,14 @@ def _check_env(env_id: str, spec: RunSpec) -> None:
         )
 
 
-def _evaluate(graphs: Mapping[str, bytes], env_id: str, episodes: int) -> dict[str, Any]:
+def _evaluate(manifest: Manifest, graphs: Mapping[str, bytes], env_id: str, episodes: int) -> dict[str, Any]:
     """Plays the graphs themselves, not the torch modules that they came from."""
     results = {}
-    for variant, graph in graphs.items():
-        session = proof.cpu_session(graph)
+    for variant, spec in manifest.variants.items():
+        session = proof.cpu_session(graphs[spec.graph])
 
         def act(observations: NDArray[np.float32], session: Any = session) -> NDArray[np.float32]:
-            actions: NDArray[np.float32] = session.run(["action"], {INPUT_NAME: observations})[0]
+            actions: NDArray[np.float32] = session.run(["action"], {OBSERVATION: observations})[0]
             return actions
 
         results[variant] = evaluate(act, env_id, episodes=episodes, seed=EVALUATION_SEED).to_json()

@@ -10,58 +10,90 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from lom.networks import Mixture
 from lom.policy import LomPolicy
+from lom_bundle.onnx_structure import refuse_unsafe_graph
+from lom_export.state_score import StateScore
 
 OPSET_VERSION = 18
-INPUT_NAME = "observation"
-OUTPUT_NAMES: dict[str, tuple[str, ...]] = {
-    "greedy_mode": (
-        "action",
-        "mode",
-        "margin",
-        "hyper_q",
-        "mixing_weights",
-        "component_means",
-        "component_log_stds",
-    ),
-    "actor": ("action",),
-    "bc": ("action",),
-}
+OBSERVATION = "observation"
+FORCED_MODE = "forced_mode"
+NOISE = "noise"
+STATE_SCORE = "state_score"
+ACTION_SCORE = "action_score"
+EXPLAINED_VARIANT = "greedy_mode"
+METADATA_KEY = "lom.manifest"
 
-_CONTROL_FLOW = {"If", "Loop", "Scan"}
+_CHOICE = ("action", "mode", "margin")
+_DIAGNOSTICS = ("hyper_q", "mixing_weights", "component_means", "component_log_stds")
+_SMALLEST_WEIGHT = 1e-30  # its logarithm is finite
 
 
 class GraphError(Exception):
-    """A graph that breaks a promise of the bundle: symbolic rows, no control flow, no foreign or external parts."""
+    """A graph that breaks a promise of the bundle."""
 
 
-class _Variant(nn.Module):
-    def __init__(self, policy: LomPolicy, variant: str) -> None:
+class PolicyGraph(nn.Module):
+    """One variant as it is exported: the policy's outputs, and the scores that a robot can be warned by.
+
+    Attributes:
+        input_names, output_names: in the order of the graph.
+    """
+
+    def __init__(
+        self, policy: LomPolicy, variant: str, state_score: StateScore | None, *, explain: bool = False
+    ) -> None:
         super().__init__()
         self.policy = policy
         self.variant = variant
+        self.state_score = state_score
+        self.explain = explain
+        outputs = _CHOICE if variant == EXPLAINED_VARIANT else ("action",)
+        scores = () if state_score is None else (STATE_SCORE, ACTION_SCORE)
+        self.input_names = (OBSERVATION, FORCED_MODE, NOISE) if explain else (OBSERVATION,)
+        self.output_names = (*outputs, *scores, *(_DIAGNOSTICS if explain else ()))
 
-    def forward(self, observation: Tensor) -> tuple[Tensor, ...]:
-        outputs = self.policy(observation, self.variant)
-        return tuple(outputs[name] for name in OUTPUT_NAMES[self.variant])
+    def forward(
+        self, observation: Tensor, forced_mode: Tensor | None = None, noise: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Outputs in the order of `output_names`; shapes as `LomPolicy.greedy_mode`, scores float32[B]."""
+        if self.variant == EXPLAINED_VARIANT:
+            outputs = self.policy.greedy_mode(observation, forced_mode, noise)
+            behaviour = Mixture(
+                log_weights=outputs["mixing_weights"].clamp(min=_SMALLEST_WEIGHT).log(),
+                means=outputs["component_means"],
+                log_stds=outputs["component_log_stds"],
+            )
+        else:
+            outputs = dict(self.policy(observation, self.variant))
+            behaviour = self.policy.behaviour(observation)
+        if self.state_score is not None:
+            outputs[STATE_SCORE] = self.state_score(self.policy.normaliser(observation))
+            # -log π_b(a|s): high where the behaviour would hardly have acted like this.
+            outputs[ACTION_SCORE] = -behaviour.log_prob(outputs["action"])
+        return tuple(outputs[name] for name in self.output_names)
 
 
-def export_graph(policy: LomPolicy, variant: str) -> bytes:
-    """The variant as a checked, self-contained ONNX model.
+def export_graph(graph: PolicyGraph) -> bytes:
+    """The graph as a checked, self-contained ONNX model.
 
     Raises:
         GraphError: the exporter produced something that a bundle must not hold.
+        BundleError: likewise, refused by the check that every reader makes.
     """
+    policy = graph.policy
     # Two rows or more: traced with one, the exporter would bake the batch size in.
-    example = torch.zeros(4, policy.observation_dim)
+    example: tuple[Tensor, ...] = (torch.zeros(4, policy.observation_dim),)
+    if graph.explain:
+        example += (torch.full((4,), -1, dtype=torch.int32), torch.zeros(4, policy.action_scaler.low.numel()))
     rows = torch.export.Dim("rows", min=1, max=1 << 20)
     with _quiet_exporter():
         program = torch.onnx.export(
-            _Variant(policy, variant).eval(),
-            (example,),
-            input_names=[INPUT_NAME],
-            output_names=list(OUTPUT_NAMES[variant]),
-            dynamic_shapes={INPUT_NAME: {0: rows}},
+            graph.eval(),
+            example,
+            input_names=list(graph.input_names),
+            output_names=list(graph.output_names),
+            dynamic_shapes={name: {0: rows} for name in graph.input_names},
             opset_version=OPSET_VERSION,
             external_data=False,
             dynamo=True,
@@ -69,21 +101,21 @@ def export_graph(policy: LomPolicy, variant: str) -> bytes:
         )
     assert program is not None
     model = program.model_proto
-    _check(model, variant)
-    return model.SerializeToString()
-
-
-def _check(model: onnx.ModelProto, variant: str) -> None:
+    content: bytes = model.SerializeToString()
     onnx.checker.check_model(model, full_check=True)
-    for node in model.graph.node:
-        if node.op_type in _CONTROL_FLOW or node.domain not in ("", "ai.onnx"):
-            raise GraphError(f"{variant}: expected standard operators without control flow, got {node.op_type!r}")
-    for tensor in model.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            raise GraphError(f"{variant}: expected all weights inside the file, {tensor.name!r} is external")
+    refuse_unsafe_graph(graph.variant, content)
     for value in (*model.graph.input, *model.graph.output):
         if not value.type.tensor_type.shape.dim[0].dim_param:
-            raise GraphError(f"{variant}: {value.name}: expected a symbolic first axis, got a fixed one")
+            raise GraphError(f"{graph.variant}: {value.name}: expected a symbolic first axis, got a fixed one")
+    return content
+
+
+def with_metadata(graph: bytes, metadata: dict[str, str]) -> bytes:
+    """The same graph with `metadata_props`, which a runtime shows without onnx being installed."""
+    model = onnx.load_from_string(graph)
+    onnx.helper.set_model_props(model, metadata)
+    content: bytes = model.SerializeToString()
+    return content
 
 
 @contextmanager

@@ -5,24 +5,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from numpy.typing import NDArray
 
 from lom.policy import LomPolicy
-from lom_bundle import Manifest, check_golden
-from lom_export.graph import INPUT_NAME, OUTPUT_NAMES
+from lom_bundle import BundleError, Manifest, check_golden
+from lom_export.graph import EXPLAINED_VARIANT, FORCED_MODE, NOISE, OBSERVATION, PolicyGraph
 
 GOLDEN_ROWS = 64
 PARITY_ROWS = 2048
 PARITY_BATCHES = (1, 2, 7, 64, 1000)
 ACTION_TOLERANCE = 1e-5
+OUTPUT_TOLERANCE = 1e-4
 
 _ROWS_PER_BATCH_SIZE = 256
 _TIE_SHARE = 1e-5
 _MASK_EDGE = 1e-5
 
 Array = NDArray[Any]
+Arrays = Mapping[str, Array]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,12 +44,18 @@ class ParityReport:
 
 
 def parity_observations(sample: NDArray[np.float32], policy: LomPolicy, seed: int = 0) -> NDArray[np.float32]:
-    """Rows to compare: dataset rows, the corners of the data's range, and the dataset rows nearest to a mode tie.
+    """Rows to compare: dataset rows, corners of the data's range, and the dataset rows nearest to a mode tie.
 
     Shapes: sample float32[N, O] -> float32[R, O]; the first `GOLDEN_ROWS` become the bundle's golden rows.
     """
     rng = np.random.default_rng(seed)
-    margin = np.nan_to_num(answers(policy, "greedy_mode", sample)["margin"], nan=np.inf)
+    explained = answers(
+        PolicyGraph(policy, EXPLAINED_VARIANT, None, explain=True),
+        {OBSERVATION: sample, **free_choice(len(sample), policy)},
+    )
+    # Just clear of a tie: there a wrong weight shows first.
+    margin = explained["margin"].astype(np.float64)
+    margin[~(margin > 2.0 * tie_width(explained["hyper_q"]))] = np.inf
     nearest_ties = sample[np.argsort(margin)[: GOLDEN_ROWS // 4]]
     low, high = sample.min(axis=0), sample.max(axis=0)
     corners = np.where(rng.random((GOLDEN_ROWS // 4, sample.shape[1])) < 0.5, low, high).astype(np.float32)
@@ -58,56 +67,112 @@ def parity_observations(sample: NDArray[np.float32], policy: LomPolicy, seed: in
 
 
 @torch.no_grad()
-def answers(policy: LomPolicy, variant: str, observations: NDArray[np.float32]) -> dict[str, Array]:
-    """torch's outputs by name for observations float32[R, O]."""
-    outputs = policy(torch.from_numpy(np.ascontiguousarray(observations)), variant)
-    return {name: tensor.numpy() for name, tensor in outputs.items()}
+def answers(graph: PolicyGraph, inputs: Arrays) -> dict[str, Array]:
+    """torch's outputs by name."""
+    tensors = [torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in graph.input_names]
+    return {name: tensor.numpy() for name, tensor in zip(graph.output_names, graph.eval()(*tensors), strict=True)}
 
 
-def tie_width(policy: LomPolicy, observations: NDArray[np.float32]) -> float:
+def tie_width(hyper_q: Array) -> float:
     """Margin below which rounding alone may choose the other mode: 1e-5 of the largest hyper-Q."""
-    hyper_q = answers(policy, "greedy_mode", observations)["hyper_q"]
     return _TIE_SHARE * max(1.0, float(np.abs(hyper_q).max()))
 
 
-def golden_arrays(policy: LomPolicy, variants: tuple[str, ...], observations: NDArray[np.float32]) -> dict[str, Array]:
+def golden_arrays(
+    graphs: Mapping[str, PolicyGraph], explain: PolicyGraph, observations: NDArray[np.float32]
+) -> dict[str, Array]:
     """Observations with torch's answers, named as `lom_bundle.Bundle.golden` names them.
 
     Where a mixing weight sits on the edge of the support mask, rounding decides which components may be chosen; the
     margin of such a row is written as 0, which declares it a tie.
     """
-    golden: dict[str, Array] = {INPUT_NAME: observations}
-    for variant in variants:
-        outputs = answers(policy, variant, observations)
-        golden[f"{variant}.action"] = outputs["action"]
-        if variant == "greedy_mode":
-            on_edge = (np.abs(outputs["mixing_weights"] - policy.min_mixing_weight) < _MASK_EDGE).any(axis=1)
-            golden[f"{variant}.mode"] = outputs["mode"]
-            golden[f"{variant}.margin"] = np.where(on_edge, np.float32(0.0), outputs["margin"])
+    golden: dict[str, Array] = {OBSERVATION: observations}
+    for variant, graph in graphs.items():
+        golden |= {f"{variant}.{name}": array for name, array in answers(graph, golden).items()}
+    explained = answers(explain, {**golden, **free_choice(len(observations), explain.policy)})
+    on_edge = np.abs(explained["mixing_weights"] - explain.policy.min_mixing_weight) < _MASK_EDGE
+    golden |= {f"{explain.variant}.{name}": array for name, array in explained.items()}
+    margin = f"{explain.variant}.margin"
+    golden[margin] = np.where(on_edge.any(axis=1), np.float32(0.0), golden[margin])
     return golden
 
 
+def free_choice(rows: int, policy: LomPolicy) -> dict[str, Array]:
+    """The explain graph's further inputs where nothing is forced and nothing is sampled."""
+    action_dim = policy.action_scaler.low.numel()
+    return {FORCED_MODE: np.full(rows, -1, np.int32), NOISE: np.zeros((rows, action_dim), np.float32)}
+
+
+def check_weights(module: PolicyGraph, graph: bytes) -> None:
+    """Every matrix of the graph is a matrix of the policy, bit for bit; vectors that kept their name, too.
+
+    Answers alone cannot tell: a weight into a unit that the compared rows never activate changes none of them.
+
+    Raises:
+        lom_bundle.BundleError: SELF_TEST_FAILED, naming the weight.
+    """
+    weights = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
+    for tensor in onnx.load_from_string(graph).graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor)
+        if tensor.name in weights:
+            candidates = [weights[tensor.name]]
+        elif values.ndim >= 2:  # a parameter that the exporter transposed ahead of time, under a name of its own
+            candidates = [turned for weight in weights.values() for turned in (weight, weight.T)]
+        else:
+            continue
+        if not any(np.array_equal(values, candidate) for candidate in candidates):
+            raise BundleError(
+                "SELF_TEST_FAILED", f"{module.variant}: {tensor.name}: expected the policy's weight, bit for bit"
+            )
+
+
 def check_parity(
-    manifest: Manifest, graphs: Mapping[str, bytes], golden: Mapping[str, Array]
-) -> dict[str, ParityReport]:
-    """Compares every graph with torch's answers, alone and in batches.
+    manifest: Manifest, variant: str, graph: bytes, golden: Arrays, extra_inputs: Arrays | None = None
+) -> ParityReport:
+    """Compares a graph with torch's answers, alone and in batches: every output where it has one in `golden`.
 
     Raises:
         lom_bundle.BundleError: SELF_TEST_FAILED, naming variant, row, output and difference.
     """
-    reports = {}
-    for variant, graph in graphs.items():
-        session = cpu_session(graph)
-        outputs: list[str] = [name for name in ("action", "mode", "margin") if name in OUTPUT_NAMES[variant]]
-        worst, ties = 0.0, 0
-        for batch_rows in PARITY_BATCHES:
-            # Every row once in the largest batch; for the small ones a part is enough, the golden rows first.
-            rows = slice(0, None if batch_rows == max(PARITY_BATCHES) else _ROWS_PER_BATCH_SIZE)
-            part = {name: array[rows] for name, array in golden.items()}
-            report = check_golden(manifest, variant, _in_batches(session, outputs, batch_rows), part)
-            worst, ties = max(worst, report.action_error), report.ties
-        reports[variant] = ParityReport(rows=len(golden[INPUT_NAME]), ties=ties, action_error=worst)
-    return reports
+    session = cpu_session(graph)
+    outputs = [node.name for node in session.get_outputs()]
+    worst, ties = 0.0, 0
+    for batch_rows in PARITY_BATCHES:
+        # Every row once in the largest batch; for the small ones a part is enough, the golden rows first.
+        rows = slice(0, None if batch_rows == max(PARITY_BATCHES) else _ROWS_PER_BATCH_SIZE)
+        part = {name: array[rows] for name, array in golden.items()}
+        extra = {name: array[rows] for name, array in (extra_inputs or {}).items()}
+        report = check_golden(manifest, variant, _in_batches(session, outputs, batch_rows, extra), part)
+        worst, ties = max(worst, report.action_error), report.ties
+    return ParityReport(rows=len(golden[OBSERVATION]), ties=ties, action_error=worst)
+
+
+def check_overrides(manifest: Manifest, graph: bytes, explain: PolicyGraph, observations: NDArray[np.float32]) -> None:
+    """Compares the explain graph under forced modes and sampling noise, which leave no choice and so no ties.
+
+    Raises:
+        lom_bundle.BundleError: SELF_TEST_FAILED, naming row and difference.
+    """
+    rng = np.random.default_rng(0)
+    rows = len(observations)
+    inputs = {
+        OBSERVATION: observations,
+        FORCED_MODE: rng.integers(manifest.num_components, size=rows, dtype=np.int32),
+        NOISE: rng.standard_normal((rows, len(manifest.action.low))).astype(np.float32),
+    }
+    expected = answers(explain, inputs)
+    action, mode = cpu_session(graph).run(["action", "mode"], inputs)
+    action_range = np.subtract(manifest.action.high, manifest.action.low)
+    error = np.abs(action - expected["action"]) / action_range
+    if (mode != inputs[FORCED_MODE]).any() or not (error <= manifest.golden.action_tolerance).all():
+        row = int(
+            np.argwhere((mode != inputs[FORCED_MODE]) | ~(error <= manifest.golden.action_tolerance).all(axis=1))[0, 0]
+        )
+        raise BundleError(
+            "SELF_TEST_FAILED",
+            f"{explain.variant}: row {row}: action under forced mode {int(inputs[FORCED_MODE][row])}: expected within "
+            f"{manifest.golden.action_tolerance:g} of the action range, got {float(error[row].max()):.3g}",
+        )
 
 
 def cpu_session(graph: bytes) -> onnxruntime.InferenceSession:
@@ -119,13 +184,13 @@ def cpu_session(graph: bytes) -> onnxruntime.InferenceSession:
 
 
 def _in_batches(
-    session: onnxruntime.InferenceSession, outputs: list[str], batch_rows: int
-) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
-    def run(inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        rows = len(next(iter(inputs.values())))
+    session: onnxruntime.InferenceSession, outputs: list[str], batch_rows: int, extra_inputs: Arrays
+) -> Callable[[Arrays], Arrays]:
+    def run(inputs: Arrays) -> Arrays:
+        feeds = {**inputs, **extra_inputs}
         parts = [
-            session.run(outputs, {name: array[start : start + batch_rows] for name, array in inputs.items()})
-            for start in range(0, rows, batch_rows)
+            session.run(outputs, {name: array[start : start + batch_rows] for name, array in feeds.items()})
+            for start in range(0, len(feeds[OBSERVATION]), batch_rows)
         ]
         return {name: np.concatenate(column) for name, column in zip(outputs, zip(*parts, strict=True), strict=True)}
 

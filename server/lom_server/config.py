@@ -20,6 +20,10 @@ class ServerConfig:
     bundle: Path
     """Folder of the bundle to serve."""
 
+    trusted_keys: tuple[Path, ...] = ()
+    """PEM public keys (Ed25519); when given, an unsigned or otherwise signed bundle is refused.
+    Repeat the option for more keys."""
+
     listen: str = "127.0.0.1:8001"
     """HOST:PORT to listen on; IPv6 hosts in brackets; port 0 lets the system choose one.
     Anything but a loopback host also needs `insecure`."""

@@ -140,6 +140,8 @@ def _session_options(intra_op_threads: int, allow_spinning: bool) -> ort.Session
     options.intra_op_num_threads = intra_op_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = _SILENT
+    # Bytes that are ONNX and ORT's own format at once were checked as the first; they must not run as the second.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if allow_spinning else "0")
     return options
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from lom_bundle import Bundle, Manifest, read_bundle
+from lom_bundle.signature import load_trusted_key
 from lom_server.batcher import Lane, MicroBatcher, rows_worth_inlining
 from lom_server.config import ServerConfig
 from lom_server.edges.grpc_edge import MESSAGE_CEILING_BYTES, MESSAGE_OVERHEAD_BYTES, GrpcEdge
@@ -62,10 +63,10 @@ async def serve(config: ServerConfig) -> AsyncIterator[RunningServer]:
     becomes SERVING only when every variant has reproduced its golden rows on the provider that will answer.
 
     Raises:
-        BundleError: the bundle is not intact, or its graphs do not reproduce its golden rows.
+        BundleError: the bundle is not intact or not trusted, or its graphs do not reproduce its golden rows.
         StartError: the address or the execution provider is not to be had.
     """
-    bundle = await asyncio.to_thread(read_bundle, config.bundle)
+    bundle = await asyncio.to_thread(_read, config)
     row_bytes = _row_bytes(bundle.manifest)
     max_batch_rows = max(1, min(config.max_batch_rows, (MESSAGE_CEILING_BYTES - MESSAGE_OVERHEAD_BYTES) // row_bytes))
     batcher = MicroBatcher(max_batch_rows=max_batch_rows, max_queue_rows=config.max_queue_rows)
@@ -91,6 +92,11 @@ async def serve(config: ServerConfig) -> AsyncIterator[RunningServer]:
     finally:
         await server.stop()
         batcher.close()
+
+
+def _read(config: ServerConfig) -> Bundle:
+    """Blocks."""
+    return read_bundle(config.bundle, trusted_keys=[load_trusted_key(path) for path in config.trusted_keys])
 
 
 def _load(bundle: Bundle, config: ServerConfig, max_batch_rows: int) -> tuple[OnnxEngine, ServedPolicy]:

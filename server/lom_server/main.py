@@ -37,7 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     one line on stderr says why.
     """
     _log_to_stderr()
-    chosen = tyro.cli(_CommandLine, prog=PROGRAM, description="Serves a policy bundle over gRPC.", args=arguments)
+    chosen = tyro.cli(
+        _CommandLine,
+        prog=PROGRAM,
+        description="Serves a policy bundle over gRPC.",
+        args=arguments,
+        config=(tyro.conf.UseAppendAction,),  # one value per option: no list that a shell left empty, trusting everyone
+    )
     try:
         config = ServerConfig(**vars(chosen))
     except ValueError as error:

@@ -1,80 +1,156 @@
 """A bundle answers as torch did, for every batch size, or it does not exist."""
 
-from dataclasses import replace
+import json
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from lom.config import TrainConfig
 from lom.policy import LomPolicy
-from lom_bundle import BundleError, read_bundle
+from lom_bundle import Bundle, BundleError, read_bundle
 from lom_export import exporter, main, proof
+from lom_export.contract import ContractError
 from lom_export.exporter import ExportConfig, export_run
-from lom_export.graph import export_graph
+from lom_export.graph import PolicyGraph, export_graph
 from tests.support.runs import save_untrained_run
 
 CONFIG = TrainConfig(mixture_steps=5, steps=4, num_components=4, hidden=(16, 16), mixture_hidden=(16, 16))
 LOW, HIGH = (-2.0, 0.0), (2.0, 0.5)
 
 
-@pytest.mark.parametrize("components", [1, 2, 7])
-@pytest.mark.parametrize("head", ["components", "one_hot"])
+def differences(got: NDArray[Any], expected: torch.Tensor) -> NDArray[Any]:
+    """Relative where the value is above 1; a NaN on one side only counts as infinite."""
+    wanted = expected.numpy()
+    error = np.abs(got - wanted) / np.maximum(np.abs(wanted), 1.0)
+    return np.where(np.isnan(wanted) & np.isnan(got), 0.0, np.nan_to_num(error, nan=np.inf))
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A run with random weights, and its bundle."""
+
+    run: Path
+    policy: LomPolicy
+    bundle: Bundle
+    folder: Path
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    folder = tmp_path_factory.mktemp("exported")
+    policy = save_untrained_run(folder / "Run 1", config=CONFIG, action_low=LOW, action_high=HIGH)
+    export_run(ExportConfig(run=folder / "Run 1", out=folder / "bundle", with_bc=True))
+    return Exported(folder / "Run 1", policy, read_bundle(folder / "bundle"), folder / "bundle")
+
+
+@pytest.mark.parametrize(("head", "components"), [("components", 1), ("components", 7), ("one_hot", 4)])
 def test_graphs_answer_as_torch_at_every_batch_size(tmp_path: Path, components: int, head: str) -> None:
     config = replace(CONFIG, num_components=components, hyper_head=head)  # type: ignore[arg-type]
     policy = save_untrained_run(tmp_path / "run", config=config, action_low=LOW, action_high=HIGH)
     export_run(ExportConfig(run=tmp_path / "run", out=tmp_path / "bundle"))
     bundle = read_bundle(tmp_path / "bundle")
     rng = np.random.default_rng(1)
-    for variant, outputs in (("greedy_mode", bundle.manifest.variants["greedy_mode"].outputs), ("actor", ("action",))):
+    for variant in ("greedy_mode", "actor"):
         session = proof.cpu_session(bundle.graphs[variant])
+        names = bundle.manifest.variants[variant].outputs
         for rows in (1, 2, 7, 64, 1000):
             observations = (3 + 2 * rng.standard_normal((rows, 2))).astype(np.float32)
             with torch.no_grad():
                 expected = policy(torch.from_numpy(observations), variant)
-            got = dict(zip(outputs, session.run(list(outputs), {"observation": observations}), strict=True))
+            got = dict(zip(names, session.run(list(names), {"observation": observations}), strict=True))
             clear = np.ones(rows, bool)
             if variant == "greedy_mode":
-                margin = expected["margin"].numpy()
                 on_edge = (np.abs(expected["mixing_weights"].numpy() - policy.min_mixing_weight) < 1e-5).any(axis=1)
-                clear = ~(margin < 1e-4) & ~on_edge
-                assert np.isnan(got["margin"][clear]).tolist() == np.isnan(margin[clear]).tolist()
-            for name, array in got.items():
-                difference = np.abs(array - expected[name].numpy())[clear]
-                assert np.nan_to_num(difference).max(initial=0.0) < 1e-4, (variant, rows, name)
-            scale = np.subtract(HIGH, LOW)
-            assert (np.abs(got["action"] - expected["action"].numpy())[clear] / scale).max(initial=0.0) < 1e-5
+                clear = ~(expected["margin"].numpy() < 1e-4) & ~on_edge
+                assert (got["mode"] == expected["mode"].numpy())[clear].all()
+                assert differences(got["margin"], expected["margin"])[clear].max(initial=0.0) < 1e-4
+            error = np.abs(got["action"] - expected["action"].numpy()) / np.subtract(HIGH, LOW)
+            assert error[clear].max(initial=0.0) < 1e-5
+            assert clear.mean() > 0.9
+            assert np.isfinite(got["state_score"]).all()
+            assert np.isfinite(got["action_score"]).all()
 
 
-def test_the_bundle_describes_its_policy(tmp_path: Path) -> None:
-    save_untrained_run(tmp_path / "Run 1", config=CONFIG, action_low=LOW, action_high=HIGH)
-    exported = export_run(ExportConfig(run=tmp_path / "Run 1", out=tmp_path / "bundle", with_bc=True))
-    bundle = read_bundle(tmp_path / "bundle")
-    assert bundle.digest == exported.digest
+def test_a_forced_mode_gives_that_components_mean_and_noise_its_spread(exported: Exported) -> None:
+    policy, bundle = exported.policy, exported.bundle
+    explain = bundle.manifest.variants["greedy_mode"].explain
+    assert explain is not None
+    assert set(explain.inputs) == {"forced_mode", "noise"}
+    session = proof.cpu_session(bundle.explain_graphs["greedy_mode"])
+    observations = (3 + 2 * np.random.default_rng(2).standard_normal((12, 2))).astype(np.float32)
+    free = proof.free_choice(12, policy)
+    forced = np.arange(12, dtype=np.int32) % 5 - 1  # -1 leaves the choice free
+    ones = np.ones((12, 2), np.float32)
+
+    def answer(**changes: NDArray[Any]) -> dict[str, NDArray[Any]]:
+        feeds = {"observation": observations, **free, **changes}
+        return dict(zip(explain.outputs, session.run(list(explain.outputs), feeds), strict=True))
+
+    chosen, overridden, sampled = answer(), answer(forced_mode=forced), answer(forced_mode=forced, noise=ones)
+    lean = proof.cpu_session(bundle.graphs["greedy_mode"]).run(["action", "mode"], {"observation": observations})
+    np.testing.assert_array_equal(chosen["mode"], lean[1])
+    np.testing.assert_allclose(chosen["action"], lean[0], atol=1e-5)
+    acting = np.where(forced >= 0, forced, chosen["mode"])
+    np.testing.assert_array_equal(overridden["mode"], acting)
+    rows = np.arange(12)
+    means = overridden["component_means"][rows, acting]
+    stds = np.exp(overridden["component_log_stds"][rows, acting])
+    np.testing.assert_allclose(overridden["action"], means, atol=1e-6)
+    np.testing.assert_allclose(sampled["action"], np.clip(means + stds, LOW, HIGH), atol=1e-5)
+    np.testing.assert_array_equal(overridden["margin"], chosen["margin"])  # the margin is the free choice's
+
+
+def test_the_action_score_is_the_negative_log_density_of_the_behaviour(exported: Exported) -> None:
+    """Recomputed in float64 from the diagnostics of the explain graph."""
+    policy, bundle = exported.policy, exported.bundle
+    observations = bundle.golden["observation"]
+    feeds = {"observation": observations, **proof.free_choice(len(observations), policy)}
+    names = ["action", "action_score", "mixing_weights", "component_means", "component_log_stds"]
+    arrays = proof.cpu_session(bundle.explain_graphs["greedy_mode"]).run(names, feeds)
+    action, score, weights, means, log_stds = (array.astype(np.float64) for array in arrays)
+    standardised = (action[:, None] - means) / np.exp(log_stds)
+    component = -(0.5 * standardised**2 + log_stds + 0.5 * np.log(2 * np.pi)).sum(axis=2)
+    expected = -np.log((weights * np.exp(component)).sum(axis=1))
+    np.testing.assert_allclose(score, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_bundle_describes_its_policy(exported: Exported) -> None:
+    bundle = exported.bundle
     assert bundle.manifest.policy == "run-1"
     assert bundle.manifest.action.low == (-2.0, 0.0)
     assert set(bundle.manifest.variants) == {"greedy_mode", "actor", "bc"}
     assert bundle.manifest.default_variant == "greedy_mode"
     assert len(bundle.golden["observation"]) == 64
+    assert bundle.manifest.provenance["commit"] is None or len(bundle.manifest.provenance["commit"]) == 40
     assert bundle.manifest.provenance["training_config_digest"] == CONFIG.digest
-    for graph in bundle.graphs.values():
+    for graph in (*bundle.graphs.values(), *bundle.explain_graphs.values()):
         model = onnx.load_from_string(graph)
         assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
-    card = (tmp_path / "bundle" / "README.md").read_text()
+        metadata = {entry.key: entry.value for entry in model.metadata_props}
+        assert json.loads(metadata["lom.manifest"])["contract_hash"] == bundle.manifest.contract_hash
+    card = (exported.folder / "README.md").read_text()
     assert card.startswith("---\n")
     assert bundle.manifest.contract_hash in card
 
 
-def test_golden_rows_reach_the_corners_and_the_ties_of_the_data(tmp_path: Path) -> None:
+def test_golden_rows_reach_the_corners_and_the_near_ties_of_the_data(tmp_path: Path) -> None:
     policy = save_untrained_run(tmp_path / "run", config=CONFIG)
     sample = (3 + 2 * np.random.default_rng(0).standard_normal((500, 2))).astype(np.float32)
     golden = proof.parity_observations(sample, policy)[: proof.GOLDEN_ROWS]
     assert (golden.max(axis=0) == sample.max(axis=0)).all()
     assert (golden.min(axis=0) == sample.min(axis=0)).all()
-    margins = proof.answers(policy, "greedy_mode", sample)["margin"]
-    assert np.nanmin(margins) in proof.answers(policy, "greedy_mode", golden)["margin"]
+    with torch.no_grad():
+        of_sample, of_golden = (
+            policy.greedy_mode(torch.from_numpy(rows))["margin"].numpy() for rows in (sample, golden)
+        )
+    assert np.sort(of_golden)[5] <= np.nanquantile(of_sample, 0.02)
 
 
 def test_a_tiny_dataset_still_gives_all_golden_rows(tmp_path: Path) -> None:
@@ -82,26 +158,96 @@ def test_a_tiny_dataset_still_gives_all_golden_rows(tmp_path: Path) -> None:
     assert len(proof.parity_observations(np.ones((3, 2), np.float32), policy)) >= proof.GOLDEN_ROWS
 
 
-@pytest.mark.parametrize("variant", ["greedy_mode", "actor"])
-def test_one_weight_changed_by_a_thousandth_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
-) -> None:
+def perturbed(graph: bytes, name: str) -> bytes:
+    model = onnx.load_from_string(graph)
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == name)
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values.flat[0] += 1e-3
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, name))
+    content: bytes = model.SerializeToString()
+    return content
+
+
+@pytest.mark.parametrize("explain", [False, True])
+@pytest.mark.parametrize("head", ["components", "one_hot"])
+def test_any_weight_changed_by_a_thousandth_is_noticed(tmp_path: Path, head: str, explain: bool) -> None:
+    config = replace(CONFIG, hyper_head=head)  # type: ignore[arg-type]
+    policy = save_untrained_run(tmp_path / "run", config=config)
+    module = PolicyGraph(policy, "greedy_mode", None, explain=explain)
+    graph = export_graph(module)
+    proof.check_weights(module, graph)
+    named = [tensor.name for tensor in onnx.load_from_string(graph).graph.initializer if tensor.data_type == 1]
+    networks = [name for name in named if name.startswith("policy.")]
+    assert len(networks) >= 15
+    for name in networks:
+        with pytest.raises(BundleError, match=f"SELF_TEST_FAILED: greedy_mode: {re.escape(name)}: expected the policy"):
+            proof.check_weights(module, perturbed(graph, name))
+
+
+def test_a_perturbed_graph_leaves_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_untrained_run(tmp_path / "run", config=CONFIG)
 
-    def perturbing(policy: LomPolicy, name: str) -> bytes:
-        graph = export_graph(policy, name)
-        if name != variant:
-            return graph
-        model = onnx.load_from_string(graph)
-        weight = next(t for t in model.graph.initializer if len(t.dims) == 2 and t.dims[0] == 16)
-        values = onnx.numpy_helper.to_array(weight).copy()
-        values[0, 0] += 1e-3
-        weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
-        return model.SerializeToString()
+    def perturbing(module: PolicyGraph) -> bytes:
+        return perturbed(export_graph(module), "policy.normaliser.mean")
 
     monkeypatch.setattr(exporter, "export_graph", perturbing)
-    with pytest.raises(BundleError, match=rf"SELF_TEST_FAILED: {variant}: row \d+: "):
+    with pytest.raises(BundleError, match="SELF_TEST_FAILED"):
         export_run(ExportConfig(run=tmp_path / "run", out=tmp_path / "bundle"))
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_wrong_answers_are_noticed_also_where_every_weight_is_right(exported: Exported) -> None:
+    """A wrong operator: the same weights, the comparison of the support mask turned round."""
+    bundle = exported.bundle
+    model = onnx.load_from_string(bundle.graphs["greedy_mode"])
+    masks = [node for node in model.graph.node if node.op_type == "GreaterOrEqual"]
+    assert masks
+    for node in masks:
+        node.op_type = "LessOrEqual"
+    with pytest.raises(BundleError, match=r"SELF_TEST_FAILED: greedy_mode: row \d+: "):
+        proof.check_parity(bundle.manifest, "greedy_mode", model.SerializeToString(), bundle.golden)
+
+
+def test_names_units_and_period_enter_the_contract(exported: Exported, tmp_path: Path) -> None:
+    contract = {
+        "observation": {"names": ["hip", "knee"], "units": ["rad", "rad"]},
+        "action": {"names": ["hip_motor", "knee_motor"]},
+        "control_period_s": 0.02,
+    }
+    (tmp_path / "contract.json").write_text(json.dumps(contract))
+    export_run(ExportConfig(run=exported.run, out=tmp_path / "named", contract=tmp_path / "contract.json"))
+    named, bare = read_bundle(tmp_path / "named"), exported.bundle
+    assert named.manifest.inputs[0].element_names == ("hip", "knee")
+    assert named.manifest.inputs[0].units == ("rad", "rad")
+    assert named.manifest.control_period_s == 0.02
+    assert named.manifest.contract_hash != bare.manifest.contract_hash
+    metadata = proof.cpu_session(named.graphs["actor"]).get_modelmeta().custom_metadata_map
+    assert metadata["observation_names"] == "hip,knee"
+    assert metadata["joint_names"] == "hip_motor,knee_motor"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "expected a readable JSON file"),
+        ("[]", "the file: expected an object with action, control_period_s, observation"),
+        ('{"observation": {"name": ["a", "b"]}}', "observation: expected an object with names, units"),
+        ('{"observation": {"names": "ab"}}', "observation.names: expected a list of texts"),
+        ('{"observation": {"names": ["a"]}}', "observation.names: expected 2, got 1"),
+        ('{"action": {"units": ["m", "m", "m"]}}', "action.units: expected 2, got 3"),
+        ('{"observation": {"names": ["a", "a"]}}', "element_names: expected each one once"),
+        ('{"control_period_s": 0}', "control_period_s: expected seconds above 0, got 0"),
+        ('{"control_period_s": NaN}', "control_period_s: expected seconds above 0, got nan"),
+    ],
+)
+def test_a_contract_that_cannot_be_meant_is_refused(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str, message: str
+) -> None:
+    monkeypatch.setattr(exporter, "export_graph", lambda module: b"")  # nothing may get as far as a graph
+    (tmp_path / "contract.json").write_text(content)
+    config = ExportConfig(run=exported.run, out=tmp_path / "bundle", contract=tmp_path / "contract.json")
+    with pytest.raises((ContractError, BundleError), match=re.escape(message)):
+        export_run(config)
     assert not (tmp_path / "bundle").exists()
 
 

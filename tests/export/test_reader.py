@@ -1,9 +1,12 @@
 """A server can tell a good bundle from a bad one before onnxruntime sees a byte."""
 
+import hashlib
+import io
 import json
 import os
 import random
 import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +14,9 @@ import numpy as np
 import pytest
 
 from lom_bundle import BundleError, GoldenSpec, Manifest, SpaceSpec, VariantSpec, read_bundle, write_bundle
+from tests.support.bundles import Flaws, toy_graphs
 
+GRAPH = toy_graphs(Flaws())["actor"].SerializeToString()
 SPACE = SpaceSpec(name="observation", shape=(2,), low=(-np.inf, -1.0), high=(np.inf, 1.0))
 ACTION = SpaceSpec(name="action", shape=(1,), low=(-1.0,), high=(1.0,))
 MANIFEST = Manifest(
@@ -22,7 +27,7 @@ MANIFEST = Manifest(
     default_variant="actor",
     num_components=1,
     min_mixing_weight=0.05,
-    golden=GoldenSpec(rows=2, action_tolerance=1e-5, tie_width=1e-4),
+    golden=GoldenSpec(rows=2, action_tolerance=1e-5, output_tolerance=1e-4, tie_width=1e-4),
 )
 GOLDEN = {"observation": np.zeros((2, 2), np.float32), "actor.action": np.zeros((2, 1), np.float32)}
 
@@ -30,13 +35,13 @@ GOLDEN = {"observation": np.zeros((2, 2), np.float32), "actor.action": np.zeros(
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     path = tmp_path / "bundle"
-    write_bundle(path, MANIFEST, graphs={"actor": b"graph bytes"}, golden=GOLDEN, card="# toy\n")
+    write_bundle(path, MANIFEST, graphs={"actor": GRAPH}, golden=GOLDEN, card="# toy\n")
     return path
 
 
 def test_what_was_written_is_read(bundle: Path) -> None:
     read = read_bundle(bundle)
-    assert read.graphs == {"actor": b"graph bytes"}
+    assert read.graphs == {"actor": GRAPH}
     assert read.manifest.inputs == (SPACE,)  # infinite bounds included
     assert read.manifest.contract_hash == MANIFEST.contract_hash
     assert set(read.golden) == set(GOLDEN)
@@ -150,11 +155,74 @@ def manifest_change(change: Callable[[dict[str, object]], object]) -> Callable[[
         (manifest_change(lambda d: d["files"].update({"../up": {"sha256": "", "bytes": 0}})), "BAD_MANIFEST"),  # type: ignore[attr-defined]
         (manifest_change(lambda d: d["files"].pop("golden.npz")), "BUNDLE_UNSAFE_FILE"),  # type: ignore[attr-defined]
         (manifest_change(lambda d: d["action"].update(high=[2.0])), "CONTRACT_MISMATCH"),  # type: ignore[attr-defined]
+        (manifest_change(lambda d: d["golden"].update(action_tolerance=float("inf"))), "BAD_MANIFEST"),  # type: ignore[attr-defined]
+        (manifest_change(lambda d: d["golden"].update(output_tolerance=float("nan"))), "BAD_MANIFEST"),  # type: ignore[attr-defined]
+        (manifest_change(lambda d: d["golden"].update(tie_width=float("inf"))), "BAD_MANIFEST"),  # type: ignore[attr-defined]
+        (manifest_change(lambda d: d["golden"].update(rows=0)), "BAD_MANIFEST"),  # type: ignore[attr-defined]
+        (manifest_change(lambda d: d["golden"].update(rows=float("inf"))), "BAD_MANIFEST"),  # type: ignore[attr-defined]
+        (manifest_change(lambda d: d.update(num_components=float("inf"))), "BAD_MANIFEST"),
         (manifest_change(lambda d: d["golden"].update(rows=3)), "BUNDLE_INCOMPLETE"),  # type: ignore[attr-defined]
     ],
 )
 def test_a_bad_bundle_is_refused_with_its_reason(bundle: Path, damage: Callable[[Path], None], reason: str) -> None:
     damage(bundle)
+    with pytest.raises(BundleError) as caught:
+        read_bundle(bundle)
+    assert caught.value.reason == reason
+
+
+def zip_of(content: bytes, **changes: int) -> bytes:
+    """A golden archive with one member; `changes` to what the archive says of it."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("observation.npy", content)
+        for name, value in changes.items():
+            setattr(archive.infolist()[0], name, value)
+    return buffer.getvalue()
+
+
+def npy(array: object) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def npz(**changes: object) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **{**GOLDEN, **changes})  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+HUGE_ARRAY = npy(np.zeros(2)).replace(b"(2,), }" + b" " * 16, b"(99999999999999999,), }")
+
+
+@pytest.mark.parametrize(
+    ("golden", "reason"),
+    [
+        (npz(), None),
+        (npz(**{"actor.margin": np.full(2, np.nan)}), None),
+        (b"", "BUNDLE_INCOMPLETE"),
+        (npy(GOLDEN["observation"]), "BUNDLE_INCOMPLETE"),
+        (npz(observation=np.float32(3)), "BUNDLE_INCOMPLETE"),
+        (npz(observation=np.zeros((3, 2))), "BUNDLE_INCOMPLETE"),
+        (npz(observation=np.array(["a", "b"])), "BUNDLE_INCOMPLETE"),
+        (npz(observation=np.array([{}, {}], dtype=object)), "BUNDLE_INCOMPLETE"),
+        (npz(unexpected=np.zeros(7)), "BUNDLE_INCOMPLETE"),
+        (zip_of(b"no"), "BUNDLE_INCOMPLETE"),
+        (zip_of(npy(np.zeros(2))[:-1]), "BUNDLE_INCOMPLETE"),
+        (zip_of(HUGE_ARRAY), "BUNDLE_INCOMPLETE"),
+        (zip_of(npy(np.zeros(2)), flag_bits=1), "BUNDLE_INCOMPLETE"),
+        (zip_of(npy(np.zeros(2)), compress_type=99), "BUNDLE_INCOMPLETE"),
+        (zip_of(npy(np.zeros(2)), file_size=2**32 - 2), "MODEL_TOO_LARGE"),
+    ],
+)
+def test_golden_rows_that_are_none_are_refused(bundle: Path, golden: bytes, reason: str | None) -> None:
+    (bundle / "golden.npz").write_bytes(golden)
+    entry = {"sha256": hashlib.sha256(golden).hexdigest(), "bytes": len(golden)}
+    manifest_change(lambda d: d["files"].update({"golden.npz": entry}))(bundle)  # type: ignore[attr-defined]
+    if reason is None:
+        read_bundle(bundle)
+        return
     with pytest.raises(BundleError) as caught:
         read_bundle(bundle)
     assert caught.value.reason == reason

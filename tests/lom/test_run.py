@@ -12,7 +12,6 @@ from lom.config import TrainConfig
 from lom.run import (
     CHECKPOINT_FILE,
     RUN_FILE,
-    DataSamples,
     RunError,
     RunSpec,
     create_run,
@@ -20,7 +19,7 @@ from lom.run import (
     open_run,
     save_checkpoint,
 )
-from tests.support.runs import save_untrained_run
+from tests.support.runs import samples_of, save_untrained_run
 
 SPEC = RunSpec(
     env="lom/Fork-v0",
@@ -50,7 +49,7 @@ def test_an_existing_folder_is_never_touched(tmp_path: Path) -> None:
 
 
 def test_a_failed_save_keeps_the_old_checkpoint(tmp_path: Path) -> None:
-    samples = DataSamples(trained_on=np.zeros((1, 2), np.float32), held_out=np.zeros((0, 2), np.float32))
+    samples = samples_of(np.zeros((6, 2), np.float32))
     save_checkpoint(tmp_path, {"a": torch.ones(1)}, samples)
     before = (tmp_path / CHECKPOINT_FILE).read_bytes()
     (tmp_path / f".{CHECKPOINT_FILE}.partial").mkdir()  # the next save cannot write its file

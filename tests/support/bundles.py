@@ -59,6 +59,7 @@ def write_test_bundle(
     policy: str = POLICY,
     default_variant: str = "greedy_mode",
     flaws: Flaws | None = None,
+    sign_key: bytes | None = None,
 ) -> str:
     """Writes the bundle described at the top of this module, and returns its digest."""
     flaws = flaws or Flaws()
@@ -78,6 +79,7 @@ def write_test_bundle(
         graphs={name: graph.SerializeToString() for name, graph in toy_graphs(flaws).items()},
         golden=golden,
         card="A bundle for tests.\n",
+        sign_key=sign_key,
     )
 
 
@@ -99,7 +101,7 @@ def toy_manifest(*, policy: str = POLICY, default_variant: str = "greedy_mode") 
         default_variant=default_variant,
         num_components=NUM_COMPONENTS,
         min_mixing_weight=0.0,
-        golden=GoldenSpec(rows=GOLDEN_ROWS, action_tolerance=1e-6, tie_width=1e-4),
+        golden=GoldenSpec(rows=GOLDEN_ROWS, action_tolerance=1e-6, output_tolerance=1e-6, tie_width=1e-4),
     )
 
 

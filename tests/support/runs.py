@@ -5,10 +5,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lom.config import TrainConfig
 from lom.policy import LomPolicy
 from lom.run import DataSamples, RunSpec, create_run, save_checkpoint
+
+
+def samples_of(observations: NDArray[np.float32], *, episode_rows: int = 50) -> DataSamples:
+    """The first five sixths as trained on, the rest as held out, in episodes of `episode_rows` rows."""
+    episodes = (np.arange(len(observations)) // episode_rows).astype(np.int32)
+    cut = len(observations) * 5 // 6
+    return DataSamples(
+        trained_on=observations[:cut],
+        trained_on_episodes=episodes[:cut],
+        held_out=observations[cut:],
+        held_out_episodes=episodes[cut:],
+    )
 
 
 def save_untrained_run(
@@ -48,5 +61,5 @@ def save_untrained_run(
     tensors = {f"policy.{name}": tensor for name, tensor in policy.state_dict().items()}
     tensors["steps_done"] = torch.tensor(steps_done or (config.mixture_steps, config.steps))
     create_run(folder, spec)
-    save_checkpoint(folder, tensors, DataSamples(trained_on=observations[:2500], held_out=observations[2500:]))
+    save_checkpoint(folder, tensors, samples_of(observations))
     return policy.eval()
