@@ -11,7 +11,7 @@ STUBS_VENV := build/stubs-venv
 SERVING_VENV := build/serving-venv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-serving lint types roads protos requirements bench-learning clean
+.PHONY: help setup demo test test-serving lint types roads protos requirements bench-learning bench-export clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -63,6 +63,9 @@ requirements: setup ## pin again what pyproject.toml asks for
 
 bench-learning: setup ## learning benchmarks; results accumulate in build/bench/learning.json
 	$(PYTHON) -m tests.bench.learning
+
+bench-export: setup ## what bundles cost and what their warnings see; wants LOM_BENCH_DATA=FOLDER
+	$(PYTHON) -m tests.bench.bundles
 
 clean: ## remove everything that was built
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,8 @@ from lom_export.graph import (
     export_graph,
     with_metadata,
 )
+from lom_export.precision import Precision, PrecisionReport, narrow
+from lom_export.triton import write_triton_repository
 from lom_export.warning_scores import calibrate
 
 EXPLAIN_GRAPH = f"{EXPLAINED_VARIANT}_explain.onnx"
@@ -55,6 +57,8 @@ class ExportConfig:
         contract: JSON file with names, units and control period; None: the bundle states none.
         with_bc: also export behaviour cloning, as variant `bc`, to compare with on the robot.
         false_alarm_rate: share of ordinary rows that each warning may flag.
+        precision: of the hidden layers' weights; below fp32 the bundle has no explain graph.
+        format: `bundle`, or `triton`: the proven graphs as a Triton model repository.
         sign_key: PEM file of an Ed25519 private key; None leaves the bundle unsigned.
     """
 
@@ -66,6 +70,8 @@ class ExportConfig:
     contract: Path | None = None
     with_bc: bool = False
     false_alarm_rate: float = 0.01
+    precision: Precision = "fp32"
+    format: Literal["bundle", "triton"] = "bundle"
     sign_key: Path | None = None
 
     def __post_init__(self) -> None:
@@ -73,15 +79,24 @@ class ExportConfig:
             raise ValueError(f"--episodes: expected 1 or more, got {self.episodes}")
         if not 0.0 < self.false_alarm_rate <= 0.5:
             raise ValueError(f"--false-alarm-rate: expected above 0 to 0.5, got {self.false_alarm_rate}")
+        if self.format == "triton" and self.sign_key is not None:
+            raise ValueError("--sign-key: expected a bundle to sign, got --format triton")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """A written bundle."""
+    """What was written.
+
+    Attributes:
+        digest: the bundle's; empty for a Triton repository.
+        parity: by variant, the float32 graphs against torch.
+        precision: by variant, the written graphs against torch; empty for fp32.
+    """
 
     manifest: Manifest
     digest: str
     parity: Mapping[str, proof.ParityReport]
+    precision: Mapping[str, PrecisionReport]
     seconds: float
 
 
@@ -123,28 +138,44 @@ def export_run(config: ExportConfig, report: Callable[[str], None] = lambda stag
     report("comparing onnxruntime with torch")
     rows = proof.golden_arrays(modules, explain, proof.parity_observations(trained.samples.trained_on, trained.policy))
     manifest = _manifest(config, contract, trained, modules, explain, warnings, rows)
+    parity = _prove(manifest, graphs, modules, explain, rows)
+    precision: dict[str, PrecisionReport] = {}
+    if config.precision != "fp32":
+        report(f"converting to {config.precision}")
+        manifest, graphs, rows, precision = narrow(
+            manifest, graphs, rows, config.precision, {OBSERVATION: trained.samples.trained_on[::8]}
+        )
     if config.env is not None:
         report(f"playing {config.episodes} episodes per variant in {config.env}")
         evaluation = _evaluate(manifest, graphs, config.env, config.episodes)
         candidates = {name: evaluation["variants"][name]["return_mean"] for name in ("greedy_mode", "actor")}
         manifest = replace(manifest, evaluation=evaluation, default_variant=max(candidates, key=candidates.__getitem__))
-    graphs = {name: with_metadata(graph, _metadata(manifest)) for name, graph in graphs.items()}
-    parity = _prove(manifest, graphs, modules, explain, rows)
     manifest = replace(
         manifest,
         provenance={**manifest.provenance, "parity": {name: asdict(result) for name, result in parity.items()}},
     )
-    report("writing the bundle")
-    digest = write_bundle(
-        config.out,
-        manifest,
-        graphs={name: graphs[variant.graph] for name, variant in manifest.variants.items()},
-        explain_graphs={EXPLAINED_VARIANT: graphs[EXPLAIN_GRAPH]},
-        golden=_golden_part(manifest, rows),
-        card=model_card(manifest),
-        sign_key=sign_key,
-    )
-    return Exported(manifest=manifest, digest=digest, parity=parity, seconds=time.monotonic() - started)
+    graphs = {name: with_metadata(graph, _metadata(manifest)) for name, graph in graphs.items()}
+    golden = _golden_part(manifest, rows)
+    for name, variant in manifest.variants.items():  # the bytes that are written, as their reader will check them
+        proof.check_parity(manifest, name, graphs[variant.graph], golden)
+
+    report(f"writing the {config.format}")
+    by_variant = {name: graphs[variant.graph] for name, variant in manifest.variants.items()}
+    digest = ""
+    if config.format == "triton":
+        write_triton_repository(config.out, manifest, by_variant)
+    else:
+        digest = write_bundle(
+            config.out,
+            manifest,
+            graphs=by_variant,
+            explain_graphs={n: graphs[v.explain.graph] for n, v in manifest.variants.items() if v.explain is not None},
+            golden=golden,
+            card=model_card(manifest),
+            sign_key=sign_key,
+        )
+    seconds = time.monotonic() - started
+    return Exported(manifest=manifest, digest=digest, parity=parity, precision=precision, seconds=seconds)
 
 
 def _prove(
@@ -154,7 +185,7 @@ def _prove(
     explain: PolicyGraph,
     rows: Mapping[str, NDArray[Any]],
 ) -> dict[str, proof.ParityReport]:
-    """The gate, on exactly the bytes that the bundle will hold."""
+    """The gate: float32 graphs against torch, weights bit for bit, answers alone and in batches."""
     parity = {}
     for name, variant in manifest.variants.items():
         proof.check_weights(modules[name], graphs[variant.graph])

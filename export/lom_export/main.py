@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 from rich.console import Console
@@ -15,6 +16,7 @@ from lom_bundle import BundleError
 from lom_export.exporter import ExportConfig, Exported, export_run
 from lom_export.graph import GraphError
 from lom_export.inspection import inspect_bundle, verify_bundle
+from lom_export.precision import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,10 @@ class ExportArguments:
     """Also export behaviour cloning, as variant bc, to compare with."""
     false_alarm_rate: float = 0.01
     """Share of ordinary observations that each warning may flag."""
+    precision: Precision = "fp32"
+    """Of the hidden layers' weights; refused beyond its bounds on action error and mode flips."""
+    format: Literal["bundle", "triton"] = "bundle"
+    """triton: the same proven graphs as a Triton model repository (not run in a Triton server here)."""
     sign_key: Path | None = None
     """PEM file of an Ed25519 private key to sign the manifest with."""
 
@@ -94,6 +100,12 @@ def _print_summary(exported: Exported, out: Path, console: Console) -> None:
         default = " (default)" if name == manifest.default_variant else ""
         table.add_row(name + default, f"{parity.rows:,}", str(parity.ties), f"{parity.action_error:.1e}", returned)
     console.print(table)
+    for name, cost in exported.precision.items():
+        console.print(
+            f"{name} in {manifest.precision}: action error {cost.action_error:.1e} of the range, "
+            f"{len(cost.flipped)} of {cost.rows:,} rows flip their mode ({cost.flip_rate:.2%})",
+            soft_wrap=True,
+        )
     for name, warning in manifest.warnings.items():
         rates = ", ".join(f"{variant} {rate:.2%}" for variant, rate in warning.held_out_false_alarms.items())
         console.print(
@@ -104,9 +116,8 @@ def _print_summary(exported: Exported, out: Path, console: Console) -> None:
         )
     if not manifest.warnings:
         console.print("no warnings: the run holds fewer than two episodes to calibrate on", style="yellow")
-    console.print(
-        f"bundle {exported.digest[:12]} written to {out} in {exported.seconds:.0f} s", markup=False, soft_wrap=True
-    )
+    what = f"bundle {exported.digest[:12]}" if exported.digest else "Triton model repository"
+    console.print(f"{what} written to {out} in {exported.seconds:.0f} s", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ fp16 and back even around nodes that it is told to leave alone.
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +23,12 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
-from lom_bundle import BundleError
+from lom_bundle import BundleError, Manifest
+from lom_export.proof import cpu_session, without_corners
 
 Precision = Literal["fp32", "fp16", "int8"]
 Arrays = Mapping[str, NDArray[Any]]
@@ -59,7 +61,6 @@ PRECISION_BOUNDS: Mapping[Precision, PrecisionBounds] = {
 
 # Half of what fp16 can hold: the sums inside a layer are rounded as well.
 _FP16_REACH = float(np.finfo(np.float16).max) / 2
-_TIE_HEADROOM = 1.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,19 +69,19 @@ class PrecisionReport:
 
     Attributes:
         rows: rows compared.
-        flips: of them with another mode although the float32 margin is no tie.
-        flip_rate: flips / rows.
+        flipped: indices of those with another mode although the float32 margin is no tie.
         action_error: largest difference over the rows whose mode agrees, as a fraction of the action range; NaN if any
             row's action is.
-        tie_width: margin (hyper-Q units) below which this precision may choose another mode; the bundle states it. No
-            width excuses a flip where float32 has no runner-up (NaN margin).
     """
 
     rows: int
-    flips: int
-    flip_rate: float
+    flipped: tuple[int, ...]
     action_error: float
-    tie_width: float
+
+    @property
+    def flip_rate(self) -> float:
+        """Share of the rows that flipped."""
+        return len(self.flipped) / max(self.rows, 1)
 
 
 def convert(graph: bytes, precision: Precision, calibration: Arrays) -> bytes:
@@ -111,7 +112,7 @@ def convert(graph: bytes, precision: Precision, calibration: Arrays) -> bytes:
     return converted.SerializeToString()
 
 
-def measure(expected: Arrays, got: Arrays, action_range: NDArray[Any], fp32_tie_width: float) -> PrecisionReport:
+def measure(expected: Arrays, got: Arrays, action_range: NDArray[Any], tie_width: float) -> PrecisionReport:
     """Compares a precision's outputs with float32's.
 
     Args:
@@ -119,28 +120,101 @@ def measure(expected: Arrays, got: Arrays, action_range: NDArray[Any], fp32_tie_
             and `margin` float32[R].
         got: the other precision's `action`, and `mode` if expected.
         action_range: high - low of every action element, float[A].
-        fp32_tie_width: rows with a margin below it are ties; NaN is none.
+        tie_width: rows with a float32 margin below it are ties; NaN (no runner-up) is none.
     """
     rows = len(expected["action"])
     agrees = np.ones(rows, bool)
-    tie_width = fp32_tie_width
-    flips = 0
+    flipped = np.zeros(rows, bool)
     if "mode" in expected:
         agrees = expected["mode"] == got["mode"]
-        flipped = ~agrees & ~(expected["margin"] < fp32_tie_width)
-        flips = int(flipped.sum())
-        largest = float(np.nan_to_num(expected["margin"][flipped], nan=0.0).max(initial=0.0))
-        tie_width = max(fp32_tie_width, _TIE_HEADROOM * largest)
+        flipped = ~agrees & ~(expected["margin"] < tie_width)
     difference = got["action"].astype(np.float64) - expected["action"]
     error = np.abs(difference.reshape(rows, -1)) / np.asarray(action_range, np.float64).reshape(-1)
     error[~agrees] *= 0.0  # NaN stays NaN: no row may answer with it
     return PrecisionReport(
         rows=rows,
-        flips=flips,
-        flip_rate=flips / max(rows, 1),
+        flipped=tuple(int(row) for row in np.flatnonzero(flipped)),
         action_error=float(error.max(initial=0.0)),
-        tie_width=tie_width,
     )
+
+
+def narrow(
+    manifest: Manifest, graphs: Mapping[str, bytes], rows: Arrays, precision: Precision, calibration: Arrays
+) -> tuple[Manifest, dict[str, bytes], dict[str, NDArray[Any]], dict[str, PrecisionReport]]:
+    """The same bundle in another precision, if every variant keeps its bounds against torch.
+
+    The rows at the corners of the data's range are left out: int8 is calibrated on data and saturates beyond it. A row
+    whose mode flips, or whose runner-up comes or goes at the edge of the support mask, is declared a tie (margin 0) in
+    the rows returned: within the bound, either mode is accepted there. The explain graph stays behind, it explains
+    float32.
+
+    Args:
+        graphs: float32 graphs by file name.
+        rows: torch's answers, as `lom_export.proof.golden_arrays`.
+        calibration: data rows by input name, from which int8 takes the range of every activation.
+
+    Raises:
+        BundleError: PRECISION_REFUSED, naming variant, figure and bound.
+    """
+    kept = {name: without_corners(array) for name, array in rows.items()}
+    inputs = {space.name: kept[space.name] for space in manifest.inputs}
+    action_range = np.subtract(manifest.action.high, manifest.action.low)
+    variants = {name: replace(variant, explain=None) for name, variant in manifest.variants.items()}
+    converted: dict[str, bytes] = {}
+    reports: dict[str, PrecisionReport] = {}
+    output_error = 0.0
+    for name, variant in variants.items():
+        graph = convert(graphs[variant.graph], precision, calibration)
+        expected = {output: kept[f"{name}.{output}"] for output in variant.outputs}
+        got = dict(zip(variant.outputs, cpu_session(graph).run(list(variant.outputs), inputs), strict=True))
+        report = measure(expected, got, action_range, manifest.golden.tie_width)
+        if precision == "fp16":
+            # A CPU widens fp16 layers again and shows no rounding of activations; this evaluator does.
+            narrow_answers = ReferenceEvaluator(onnx.load_from_string(graph)).run(list(variant.outputs), inputs)
+            real = dict(zip(variant.outputs, narrow_answers, strict=True))
+            report = _worse(report, measure(expected, real, action_range, manifest.golden.tie_width))
+        refuse_beyond_bounds(name, precision, report)
+        converted[variant.graph] = graph
+        reports[name] = report
+        clear = ~np.isin(np.arange(report.rows), report.flipped)
+        if "margin" in expected:
+            clear &= np.isnan(expected["margin"]) == np.isnan(got["margin"])
+            kept[f"{name}.margin"] = np.where(clear, expected["margin"], np.float32(0.0))
+        output_error = max(output_error, _output_error(expected, got, clear))
+    golden = replace(
+        manifest.golden,
+        action_tolerance=PRECISION_BOUNDS[precision].action_tolerance,
+        output_tolerance=max(manifest.golden.output_tolerance, 1.5 * output_error),
+    )
+    costs = {
+        name: {"rows": report.rows, "flip_rate": report.flip_rate, "action_error": report.action_error}
+        for name, report in reports.items()
+    }
+    narrowed = replace(
+        manifest,
+        precision=precision,
+        variants=variants,
+        golden=golden,
+        provenance={**manifest.provenance, "precision": costs},
+    )
+    return narrowed, converted, kept, reports
+
+
+def _worse(first: PrecisionReport, second: PrecisionReport) -> PrecisionReport:
+    return PrecisionReport(
+        rows=first.rows,
+        flipped=tuple(sorted({*first.flipped, *second.flipped})),
+        action_error=float(np.max([first.action_error, second.action_error])),  # NaN wins
+    )
+
+
+def _output_error(expected: Arrays, got: Arrays, clear: NDArray[np.bool_]) -> float:
+    """Largest relative difference of margins and scores over the rows that are clear."""
+    worst = 0.0
+    for name in expected.keys() - {"action", "mode"}:
+        error = np.abs(got[name] - expected[name]) / np.maximum(np.abs(expected[name]), 1.0)
+        worst = max(worst, float(np.nan_to_num(error[clear]).max(initial=0.0)))
+    return worst
 
 
 def refuse_beyond_bounds(variant: str, precision: Precision, report: PrecisionReport) -> None:

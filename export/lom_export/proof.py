@@ -20,6 +20,7 @@ PARITY_BATCHES = (1, 2, 7, 64, 1000)
 ACTION_TOLERANCE = 1e-5
 OUTPUT_TOLERANCE = 1e-4
 
+_CORNERS = slice(32, 48)
 _ROWS_PER_BATCH_SIZE = 256
 _TIE_SHARE = 1e-5
 _MASK_EDGE = 1e-5
@@ -56,14 +57,20 @@ def parity_observations(sample: NDArray[np.float32], policy: LomPolicy, seed: in
     # Just clear of a tie: there a wrong weight shows first.
     margin = explained["margin"].astype(np.float64)
     margin[~(margin > 2.0 * tie_width(explained["hyper_q"]))] = np.inf
-    nearest_ties = sample[np.argsort(margin)[: GOLDEN_ROWS // 4]]
+    ties = GOLDEN_ROWS - _CORNERS.stop
+    nearest_ties = sample[np.resize(np.argsort(margin)[:ties], ties)]  # a tiny dataset: rows repeat
     low, high = sample.min(axis=0), sample.max(axis=0)
-    corners = np.where(rng.random((GOLDEN_ROWS // 4, sample.shape[1])) < 0.5, low, high).astype(np.float32)
+    corners = np.where(rng.random((_CORNERS.stop - _CORNERS.start, sample.shape[1])) < 0.5, low, high).astype(
+        np.float32
+    )
     ordinary = sample[rng.permutation(len(sample))[:PARITY_ROWS]]
-    golden_ordinary = GOLDEN_ROWS - len(nearest_ties) - len(corners)
-    if len(ordinary) < golden_ordinary:  # a tiny dataset: rows repeat
-        ordinary = ordinary[rng.integers(len(ordinary), size=golden_ordinary)]
-    return np.concatenate([ordinary[:golden_ordinary], corners, nearest_ties, ordinary[golden_ordinary:]])
+    first = ordinary[np.resize(np.arange(min(len(ordinary), _CORNERS.start)), _CORNERS.start)]
+    return np.concatenate([first, corners, nearest_ties, ordinary[_CORNERS.start :]])
+
+
+def without_corners(rows: Array) -> Array:
+    """`parity_observations` (or answers to them) without the rows at the corners of the data's range."""
+    return np.delete(rows, _CORNERS, axis=0)
 
 
 @torch.no_grad()

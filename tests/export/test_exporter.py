@@ -16,9 +16,11 @@ from lom.config import TrainConfig
 from lom.policy import LomPolicy
 from lom_bundle import Bundle, BundleError, read_bundle
 from lom_export import exporter, main, proof
+from lom_export import precision as precision_module
 from lom_export.contract import ContractError
 from lom_export.exporter import ExportConfig, export_run
 from lom_export.graph import PolicyGraph, export_graph
+from lom_export.precision import Precision, PrecisionBounds
 from tests.support.runs import save_untrained_run
 
 CONFIG = TrainConfig(mixture_steps=5, steps=4, num_components=4, hidden=(16, 16), mixture_hidden=(16, 16))
@@ -292,3 +294,39 @@ def test_an_existing_destination_is_refused_at_once(tmp_path: Path, capsys: pyte
     with pytest.raises(SystemExit):
         main.main([str(tmp_path / "gone"), "--out", str(tmp_path / "bundle")])
     assert "DESTINATION_EXISTS" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_a_narrow_bundle_states_its_cost_and_proves_itself_within_it(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, precision: Precision
+) -> None:
+    loose = {precision: PrecisionBounds(action_tolerance=0.2, max_flip_rate=0.2)}  # random weights, far from trained
+    monkeypatch.setattr(precision_module, "PRECISION_BOUNDS", loose)
+    result = export_run(ExportConfig(run=exported.run, out=tmp_path / "bundle", precision=precision))
+    bundle = read_bundle(tmp_path / "bundle")
+    assert bundle.manifest.precision == precision
+    assert bundle.manifest.variants["greedy_mode"].explain is None
+    costs = bundle.manifest.provenance["precision"]
+    assert costs["greedy_mode"]["flip_rate"] == result.precision["greedy_mode"].flip_rate
+    assert 0 < costs["actor"]["action_error"] <= 0.2
+    main.main(["verify", str(tmp_path / "bundle")])
+
+
+def test_a_precision_beyond_its_bounds_leaves_no_bundle(
+    exported: Exported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    strict = {"int8": PrecisionBounds(action_tolerance=1e-6, max_flip_rate=0.0)}
+    monkeypatch.setattr(precision_module, "PRECISION_BOUNDS", strict)
+    with pytest.raises(BundleError, match="PRECISION_REFUSED: greedy_mode: int8: "):
+        export_run(ExportConfig(run=exported.run, out=tmp_path / "bundle", precision="int8"))
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_the_same_graphs_can_be_handed_to_triton(exported: Exported, tmp_path: Path) -> None:
+    export_run(ExportConfig(run=exported.run, out=tmp_path / "models", format="triton"))
+    observations = exported.bundle.golden["observation"]
+    for variant in ("greedy_mode", "actor"):
+        handed = (tmp_path / "models" / f"run-1-{variant}" / "1" / "model.onnx").read_bytes()
+        action = proof.cpu_session(handed).run(["action"], {"observation": observations})[0]
+        expected = proof.cpu_session(exported.bundle.graphs[variant]).run(["action"], {"observation": observations})
+        np.testing.assert_array_equal(action, expected[0])

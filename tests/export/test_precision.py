@@ -102,7 +102,7 @@ def test_a_narrow_graph_keeps_its_bounds_its_contract_and_the_rules_of_a_bundle(
     # Between two ReLUs: two layers of the actor; one of the mixture and two of the hyper-critic.
     assert weights == [(32, 32)] * (2 if variant == "actor" else 3)
     expected, got = answers(wide, ROWS[500:]), answers(narrow, ROWS[500:])
-    report = measure(expected, got, np.array([2 * BOUND] * 2), fp32_tie_width=1e-4)
+    report = measure(expected, got, np.array([2 * BOUND] * 2), tie_width=1e-4)
     refuse_beyond_bounds(variant, precision, report)
     assert report.action_error > 1e-6  # it is narrow
 
@@ -147,7 +147,7 @@ def test_observations_of_ten_thousand_keep_their_last_digits(graphs: dict[str, b
     wide = with_constants(graphs["actor"], {name: (mean + 1e4).astype(np.float32)})
     far = (ROWS + 1e4).astype(np.float32)
     narrow = convert(wide, precision, {"observation": far[:500]})
-    report = measure(answers(wide, far), answers(narrow, far), np.array([2 * BOUND] * 2), fp32_tie_width=0.0)
+    report = measure(answers(wide, far), answers(narrow, far), np.array([2 * BOUND] * 2), tie_width=0.0)
     refuse_beyond_bounds("actor", precision, report)
 
 
@@ -220,23 +220,24 @@ def test_measure_by_hand() -> None:
         # Agrees, agrees, flips at 0.5, differs at a tie, flips without a runner-up.
         "mode": np.array([0, 1, 0, 1, 0], np.int32),
     }
-    report = measure(expected, got, np.array([2.0, 4.0]), fp32_tie_width=0.125)
-    assert report == PrecisionReport(rows=5, flips=2, flip_rate=0.4, action_error=0.25, tie_width=0.625)
-    unchanged = measure(expected, expected, np.array([2.0, 4.0]), fp32_tie_width=0.125)
-    assert unchanged == PrecisionReport(rows=5, flips=0, flip_rate=0.0, action_error=0.0, tie_width=0.125)
+    report = measure(expected, got, np.array([2.0, 4.0]), tie_width=0.125)
+    assert report == PrecisionReport(rows=5, flipped=(2, 4), action_error=0.25)
+    assert report.flip_rate == 0.4
+    unchanged = measure(expected, expected, np.array([2.0, 4.0]), tie_width=0.125)
+    assert unchanged == PrecisionReport(rows=5, flipped=(), action_error=0.0)
 
 
 def test_a_variant_without_modes_has_no_flips() -> None:
     action = np.zeros((3, 1), np.float32)
-    report = measure({"action": action}, {"action": action + 0.5}, np.array([2.0]), fp32_tie_width=0.125)
-    assert report == PrecisionReport(rows=3, flips=0, flip_rate=0.0, action_error=0.25, tie_width=0.125)
+    report = measure({"action": action}, {"action": action + 0.5}, np.array([2.0]), tie_width=0.125)
+    assert report == PrecisionReport(rows=3, flipped=(), action_error=0.25)
 
 
 def test_nan_is_refused_even_where_the_mode_differs() -> None:
     expected = {"action": np.zeros((2, 1)), "mode": np.array([0, 1]), "margin": np.array([1.0, 0.0])}
     got = {"action": np.array([[0.0], [np.nan]]), "mode": np.array([0, 0])}
-    report = measure(expected, got, np.array([2.0]), fp32_tie_width=0.125)
-    assert report.flips == 0
+    report = measure(expected, got, np.array([2.0]), tie_width=0.125)
+    assert report.flipped == ()
     with pytest.raises(BundleError, match="action error"):
         refuse_beyond_bounds("greedy_mode", "int8", report)
 
@@ -246,7 +247,7 @@ def test_a_figure_beyond_its_bound_is_named(precision: Precision) -> None:
     bounds = PRECISION_BOUNDS[precision]
 
     def report(action_error: float, flip_rate: float) -> PrecisionReport:
-        return PrecisionReport(rows=1000, flips=0, flip_rate=flip_rate, action_error=action_error, tie_width=0.1)
+        return PrecisionReport(rows=1000, flipped=tuple(range(round(1000 * flip_rate))), action_error=action_error)
 
     refuse_beyond_bounds("actor", precision, report(bounds.action_tolerance, bounds.max_flip_rate))
     with pytest.raises(BundleError) as caught:
