@@ -6,6 +6,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -252,3 +254,39 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(BundleError, match="NO_SPACE"):
         write_bundle(tmp_path / "bundle", MANIFEST, graphs={"actor": b"graph"}, golden=GOLDEN, card="")
     assert list(tmp_path.iterdir()) == []
+
+
+KILLED_WRITER = """
+import os, sys
+from tests.export.test_reader import GOLDEN, GRAPH, MANIFEST
+from lom_bundle import write_bundle
+
+survived, calls = int(sys.argv[2]), 0
+
+def dying(real):
+    def call(*arguments, **options):
+        global calls
+        calls += 1
+        if calls > survived:
+            os._exit(9)
+        return real(*arguments, **options)
+    return call
+
+os.fsync, os.rename = dying(os.fsync), dying(os.rename)
+write_bundle(sys.argv[1], MANIFEST, graphs={"actor": GRAPH}, golden=GOLDEN, card="card")
+"""
+
+
+@pytest.mark.parametrize("survived_calls", range(6))
+def test_a_writer_killed_at_any_step_leaves_a_whole_bundle_or_none(tmp_path: Path, survived_calls: int) -> None:
+    """Four files are made durable, then the folder is renamed: calls 1 to 5."""
+    bundle = tmp_path / "bundle"
+    command = [sys.executable, "-c", KILLED_WRITER, str(bundle), str(survived_calls)]
+    code = subprocess.run(command, check=False, cwd=Path(__file__).parents[2]).returncode
+    if survived_calls < 5:
+        assert code == 9
+        with pytest.raises(BundleError, match="BUNDLE_NOT_FOUND"):
+            read_bundle(bundle)
+    else:
+        assert code == 0
+        assert read_bundle(bundle).graphs == {"actor": GRAPH}
