@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import tyro
 from numpy.typing import NDArray
 
 import lom
@@ -46,33 +47,34 @@ EXPLAIN_GRAPH = f"{EXPLAINED_VARIANT}_explain.onnx"
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """What to export, and where to.
+    """Export a trained run as a bundle of ONNX graphs that carries its own proof.
 
-    Attributes:
-        run: folder of a finished `lom-train`.
-        out: the bundle's folder; must be new.
-        env: gymnasium id; its evaluation chooses the default variant. None: `greedy_mode` is the default.
-        episodes: episodes per variant of that evaluation.
-        name: name under which the policy is served; None derives it from the environment or the run.
-        contract: JSON file with names, units and control period; None: the bundle states none.
-        with_bc: also export behaviour cloning, as variant `bc`, to compare with on the robot.
-        false_alarm_rate: share of ordinary rows that each warning may flag.
-        precision: of the hidden layers' weights; below fp32 the bundle has no explain graph.
-        format: `bundle`, or `triton`: the proven graphs as a Triton model repository.
-        sign_key: PEM file of an Ed25519 private key; None leaves the bundle unsigned.
+    `lom-export inspect BUNDLE` says what a bundle is, `lom-export verify BUNDLE` runs all of its checks here.
     """
 
-    run: Path
+    run: tyro.conf.Positional[Path]
+    """Folder of a finished lom-train."""
     out: Path
+    """The bundle's folder; must be new."""
     env: str | None = None
+    """Gymnasium id; the variant that returns more there becomes the default. Without it: greedy_mode."""
     episodes: int = 20
+    """Episodes per variant of that evaluation."""
     name: str | None = None
+    """Name under which the policy is served; default: from the environment or the run's folder."""
     contract: Path | None = None
+    """JSON file: {"observation": {"names": [...], "units": [...]}, "action": {...}, "control_period_s": 0.02}."""
     with_bc: bool = False
+    """Also export behaviour cloning, as variant bc, to compare with on the robot."""
     false_alarm_rate: float = 0.01
+    """Share of ordinary observations that each warning may flag, above 0 to 0.5."""
     precision: Precision = "fp32"
+    """Of the hidden layers' weights; refused beyond its bounds on action error and mode flips. Below fp32 the bundle
+    has no explain graph."""
     format: Literal["bundle", "triton"] = "bundle"
+    """triton: the same proven graphs as a Triton model repository (not run in a Triton server here)."""
     sign_key: Path | None = None
+    """PEM file of an Ed25519 private key to sign the manifest with."""
 
     def __post_init__(self) -> None:
         if self.episodes < 1:

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import tyro
 from rich.console import Console
@@ -16,35 +15,6 @@ from lom_bundle import BundleError
 from lom_export.exporter import ExportConfig, Exported, export_run
 from lom_export.graph import GraphError
 from lom_export.inspection import inspect_bundle, verify_bundle
-from lom_export.precision import Precision
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportArguments:
-    """Export a trained run as a bundle of ONNX graphs that carries its own proof."""
-
-    run: tyro.conf.Positional[Path]
-    """Folder of a finished lom-train."""
-    out: Path
-    """The bundle's folder; must be new."""
-    env: str | None = None
-    """Gymnasium id; the variant that returns more there becomes the default. Without it: greedy_mode."""
-    episodes: int = 20
-    """Episodes per variant of that evaluation."""
-    name: str | None = None
-    """Name under which the policy is served; default: from the environment or the run's folder."""
-    contract: Path | None = None
-    """JSON file: {"observation": {"names": [...], "units": [...]}, "action": {...}, "control_period_s": 0.02}."""
-    with_bc: bool = False
-    """Also export behaviour cloning, as variant bc, to compare with."""
-    false_alarm_rate: float = 0.01
-    """Share of ordinary observations that each warning may flag."""
-    precision: Precision = "fp32"
-    """Of the hidden layers' weights; refused beyond its bounds on action error and mode flips."""
-    format: Literal["bundle", "triton"] = "bundle"
-    """triton: the same proven graphs as a Triton model repository (not run in a Triton server here)."""
-    sign_key: Path | None = None
-    """PEM file of an Ed25519 private key to sign the manifest with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             chosen = tyro.cli(VerifyArguments, prog="lom-export verify", args=arguments[1:])
             verify_bundle(chosen.bundle, chosen.trusted_keys)
         else:
-            config = ExportConfig(**vars(tyro.cli(ExportArguments, prog="lom-export", args=arguments)))
+            config = tyro.cli(ExportConfig, prog="lom-export", args=arguments)
             with console.status("") as status:
                 exported = export_run(config, report=status.update)
             _print_summary(exported, config.out, console)

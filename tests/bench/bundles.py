@@ -24,7 +24,7 @@ from lom.run import load_run
 from lom.train import TrainArguments, train
 from lom_bundle import Bundle, BundleError, read_bundle
 from lom_export.exporter import ExportConfig, Exported, export_run
-from lom_export.graph import OBSERVATION, STATE_SCORE
+from lom_export.graph import OBSERVATION, STATE_SCORE, PolicyGraph, export_graph
 from lom_export.proof import cpu_session, free_choice
 from tests.bench.learning import HOPPER_FILES, REAL_DATA
 
@@ -67,7 +67,7 @@ CORRUPTIONS: dict[str, Callable[[Rows, np.random.Generator], Rows]] = {
 
 
 def main() -> None:
-    """Prints two tables in Markdown."""
+    """Prints three tables in Markdown."""
     data = os.environ.get(REAL_DATA)
     if not data:
         sys.exit(f"expected {REAL_DATA} to name the folder with {', '.join(HOPPER_FILES)}")
@@ -78,10 +78,8 @@ def main() -> None:
     costs.append("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     alarms = ["| bundle | score | false alarms, held-out (rows, episodes) | " + " | ".join(CORRUPTIONS) + " |"]
     alarms.append("| --- | --- | --- |" + " --- |" * len(CORRUPTIONS))
-    explains = [
-        "| bundle | greedy_mode B = 1 µs | with explain graph | B = 64 µs | with explain graph |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+    parts = ["| graph | B=1 µs, no scores | scores | explain | B=64 µs, no scores | scores | explain |"]
+    parts.append("| --- | --- | --- | --- | --- | --- | --- |")
     for subject in SUBJECTS:
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder) / "run"
@@ -98,8 +96,8 @@ def main() -> None:
                 costs += _cost_lines(subject, exported, bundle)
                 if precision == "fp32":
                     alarms += _alarm_lines(subject, bundle, load_run(run).samples.held_out)
-                    explains.append(_explain_line(subject, bundle, run))
-    print("\n".join([*costs, "", *explains, "", *alarms]))
+                    parts += _parts_lines(subject, bundle, run)
+    print("\n".join([*costs, "", *parts, "", *alarms]))
 
 
 def _train(subject: Subject, folder: Path, data: Path, console: Console) -> None:
@@ -128,15 +126,22 @@ def _cost_lines(subject: Subject, exported: Exported, bundle: Bundle) -> list[st
     return lines
 
 
-def _explain_line(subject: Subject, bundle: Bundle, run: Path) -> str:
-    """What diagnostics would cost if they were always computed: the reason for a graph of their own."""
+def _parts_lines(subject: Subject, bundle: Bundle, run: Path) -> list[str]:
+    """What the scores cost each answer, and what diagnostics would: the reason for a graph of their own."""
     policy = load_run(run).policy
-    cells = []
-    for rows in (1, 64):
-        feeds = {OBSERVATION: _rows(bundle, rows)}
-        cells.append(_microseconds(bundle.graphs["greedy_mode"], feeds))
-        cells.append(_microseconds(bundle.explain_graphs["greedy_mode"], {**feeds, **free_choice(rows, policy)}))
-    return f"| {subject.name} | " + " | ".join(f"{cell:.0f}" for cell in cells) + " |"
+    lines = []
+    for variant, graph in bundle.graphs.items():
+        graphs = {"bare": export_graph(PolicyGraph(policy, variant, None)), "scores": graph}
+        if variant in bundle.explain_graphs:
+            graphs["explain"] = bundle.explain_graphs[variant]
+        cells = []
+        for rows in (1, 64):
+            feeds = {OBSERVATION: _rows(bundle, rows)}
+            for name in ("bare", "scores", "explain"):
+                extra = free_choice(rows, policy) if name == "explain" else {}
+                cells.append(f"{_microseconds(graphs[name], {**feeds, **extra}):.0f}" if name in graphs else "")
+        lines.append(f"| {subject.name}, `{variant}` | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _alarm_lines(subject: Subject, bundle: Bundle, held_out: Rows) -> list[str]:
