@@ -40,9 +40,6 @@ def write_bundle(
         BundleError: DESTINATION_EXISTS, BAD_KEY, SIGNING_UNAVAILABLE, or NO_SPACE when the disk refuses; nothing is
             left behind in any case.
     """
-    destination = Path(path)
-    if destination.exists() or destination.is_symlink():
-        raise BundleError("DESTINATION_EXISTS", f"expected a new folder, {str(destination)!r} is there already")
     contents = {manifest.variants[name].graph: graph for name, graph in graphs.items()}
     for name, graph in (explain_graphs or {}).items():
         explain = manifest.variants[name].explain
@@ -61,19 +58,32 @@ def write_bundle(
     if sign_key is not None:
         contents[SIGNATURE_FILE] = sign(manifest_bytes, sign_key)
     contents[MANIFEST_FILE] = manifest_bytes  # written last: without it, the folder is no bundle
+    write_folder(Path(path), contents)
+    return hashlib.sha256(manifest_bytes).hexdigest()
+
+
+def write_folder(destination: Path, contents: Mapping[str, bytes]) -> None:
+    """Writes files by relative name into a new folder, in order: whole and durable, or not at all.
+
+    Raises:
+        BundleError: DESTINATION_EXISTS, or NO_SPACE when the disk refuses; nothing is left behind.
+    """
+    if destination.exists() or destination.is_symlink():
+        raise BundleError("DESTINATION_EXISTS", f"expected a new folder, {str(destination)!r} is there already")
     staging: Path | None = None
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
         for name, content in contents.items():
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
             _write_durably(staging / name, content)
         staging.chmod(0o755)
         os.rename(staging, destination)
     except OSError as error:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
         raise BundleError("NO_SPACE", f"could not write {str(destination)!r}: {error.strerror}") from error
-    return hashlib.sha256(manifest_bytes).hexdigest()
+    finally:
+        if staging is not None and staging.exists():  # an interrupted writer cleans up, too
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _write_durably(path: Path, content: bytes) -> None:

@@ -285,13 +285,14 @@ def _metadata(manifest: Manifest) -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The commit of this source tree, where it is one."""
-    folder = Path(lom.__file__).parent
-    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    """The commit of this source tree, where it is one; not that of a repository which only happens to hold the venv."""
+    git = ["git", "-C", str(Path(lom.__file__).parent)]
+    commands = ([*git, "ls-files", "--error-unmatch", "__init__.py"], [*git, "rev-parse", "HEAD"])
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        outputs = [subprocess.run(c, capture_output=True, text=True, check=True, timeout=10).stdout for c in commands]
     except (OSError, subprocess.SubprocessError):
         return None
+    return outputs[-1].strip()
 
 
 def _read_key(path: Path) -> bytes:

@@ -6,8 +6,6 @@ Triton server. Such a server checks and knows less than ours: no golden rows, no
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import onnx
 from onnx import TensorProto, ValueInfoProto
 
 from lom_bundle import BundleError, Manifest
+from lom_bundle.writer import write_folder
 
 MAX_BATCH_ROWS = 1024
 
@@ -38,9 +37,6 @@ def write_triton_repository(path: str | os.PathLike[str], manifest: Manifest, gr
         BundleError: DESTINATION_EXISTS; BAD_MANIFEST, a variant whose name is no folder name; BAD_GRAPH, a tensor that
             Triton cannot batch; NO_SPACE when the disk refuses. Nothing is left behind.
     """
-    destination = Path(path)
-    if destination.exists() or destination.is_symlink():
-        raise BundleError("DESTINATION_EXISTS", f"expected a new folder, {str(destination)!r} is there already")
     contents: dict[str, bytes] = {}
     for variant, graph in graphs.items():
         model = f"{manifest.policy}-{variant}"
@@ -48,19 +44,7 @@ def write_triton_repository(path: str | os.PathLike[str], manifest: Manifest, gr
             raise BundleError("BAD_MANIFEST", f"variant: expected a plain name, got {variant[:64]!r}")
         contents[f"{model}/config.pbtxt"] = _configuration(model, manifest, graph).encode()
         contents[f"{model}/1/model.onnx"] = graph
-    staging: Path | None = None
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
-        for name, content in contents.items():
-            (staging / name).parent.mkdir(parents=True, exist_ok=True)
-            (staging / name).write_bytes(content)
-        staging.chmod(0o755)
-        os.rename(staging, destination)
-    except OSError as error:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
-        raise BundleError("NO_SPACE", f"could not write {str(destination)!r}: {error.strerror}") from error
+    write_folder(Path(path), contents)
 
 
 def _configuration(model: str, manifest: Manifest, graph: bytes) -> str:
