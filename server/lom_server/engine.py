@@ -16,6 +16,7 @@ from lom_server.errors import PolicyError, StartError, log_incident
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _ORT_DTYPES = {"tensor(float)": np.dtype(np.float32), "tensor(int32)": np.dtype(np.int32)}
+_ONE_NUMBER_A_ROW = ("mode", "margin", "state_score", "action_score")
 _SILENT = 4  # fatal only: every exception is logged here, once, and ORT's own lines carry paths
 
 
@@ -108,7 +109,7 @@ class OnnxEngine:
         return best_ns
 
     def _run_in_batches(self, variant: str, batch_rows: int, inputs: Rows) -> Rows:
-        outputs = [name for name in ("action", "mode") if name in self._output_specs[variant]]
+        outputs = [name for name in self._output_specs[variant] if f"{variant}.{name}" in self._golden]
         parts = [
             self.run(variant, outputs, {name: array[first : first + batch_rows] for name, array in inputs.items()})
             for first in range(0, self._manifest.golden.rows, batch_rows)
@@ -121,8 +122,8 @@ class OnnxEngine:
         if inputs != expected_inputs:
             raise StartError("BAD_GRAPH", f"{variant}: expected the inputs {expected_inputs}, got {inputs}")
         outputs = {node.name: node.type for node in session.get_outputs()}
-        known_shapes = {"action": self._manifest.action.shape, "mode": (), "margin": ()}
-        expected_dtypes = {"action": "tensor(float)", "mode": "tensor(int32)", "margin": "tensor(float)"}
+        known_shapes = {"action": self._manifest.action.shape} | dict.fromkeys(_ONE_NUMBER_A_ROW, ())
+        expected_dtypes = dict.fromkeys(("action", *_ONE_NUMBER_A_ROW), "tensor(float)") | {"mode": "tensor(int32)"}
         specs: dict[str, tuple[np.dtype[Any], tuple[int, ...] | None]] = {}
         for name in self._manifest.variants[variant].outputs:
             if name not in outputs or outputs[name] not in _ORT_DTYPES:

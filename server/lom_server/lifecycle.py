@@ -15,8 +15,8 @@ from lom_server.service import PolicyService, ServedPolicy
 
 _logger = logging.getLogger(__name__)
 
-# What every answer carries; a variant's diagnostics are not fetched for it.
-_ANSWERED_OUTPUTS = ("action", "mode", "margin")
+# What every answer carries where the variant has it; diagnostics are not fetched for it.
+_ANSWERED_OUTPUTS = ("action", "mode", "margin", "state_score", "action_score")
 
 
 class RunningServer:

@@ -42,6 +42,14 @@ class ActRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """A number per row, float32[B], and the threshold above which (or at NaN) it is worth a warning."""
+
+    values: Array
+    threshold: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ActReply:
     """One caller's answers.
 
@@ -49,12 +57,14 @@ class ActReply:
         action: float32[B, A], environment units, finite.
         mode: int32[B], the chosen component; None where the variant has none.
         margin: float32[B], best minus second-best hyper-Q; None where the variant has none.
+        scores: by name, what the bundle can warn by.
         queue_ns, inference_ns, batch_rows: as `Answer`.
     """
 
     action: Array
     mode: Array | None
     margin: Array | None
+    scores: Mapping[str, Score]
     policy: str
     version: int
     variant: str
@@ -125,6 +135,11 @@ class PolicyService:
             action=action,
             mode=answer.rows.get("mode"),
             margin=answer.rows.get("margin"),
+            scores={
+                name: Score(values=answer.rows[name], threshold=warning.thresholds[variant])
+                for name, warning in policy.manifest.warnings.items()
+                if name in answer.rows and variant in warning.thresholds
+            },
             policy=policy.manifest.policy,
             version=policy.version,
             variant=variant,

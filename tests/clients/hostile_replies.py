@@ -43,10 +43,26 @@ def _actor_with_mode(request: policy_pb2.ActRequest, context: Context) -> policy
     return reply
 
 
+def _with_scores(*scores: policy_pb2.Score) -> Act:
+    return tampered(lambda reply: reply.scores.extend(scores))
+
+
+def _score(
+    values: object, *, dtype: Any = np.float32, name: str = "state_score", threshold: float = 1.0
+) -> policy_pb2.Score:
+    return policy_pb2.Score(name=name, values=pack_array(np.array(values, dtype=dtype)), threshold=threshold)
+
+
 # For one row; the request asks for greedy_mode. The reason that the client must give comes second.
 HOSTILE_REPLIES: dict[str, tuple[Act, str]] = {
     "empty message": (lambda *_: policy_pb2.ActReply(), "WRONG_SEQUENCE"),
     "random bytes": (lambda *_: b"\xff\xfe\x00garbage", "MALFORMED_MESSAGE"),
+    "score of integers": (_with_scores(_score([1], dtype=np.int32)), "BAD_DTYPE"),
+    "score of too many rows": (_with_scores(_score([1.0, 2.0])), "BAD_SHAPE"),
+    "score without values": (_with_scores(policy_pb2.Score(name="state_score", threshold=1.0)), "UNKNOWN_DTYPE"),
+    "score twice": (_with_scores(_score([1.0]), _score([2.0])), "BAD_SCORES"),
+    "a hundred scores": (_with_scores(*(_score([1.0], name=str(n)) for n in range(100))), "BAD_SCORES"),
+    "score with a NaN threshold": (_with_scores(_score([1.0], threshold=float("nan"))), "BAD_SCORES"),
     "sequence before": (tampered(lambda reply: setattr(reply, "sequence", reply.sequence - 1)), "WRONG_SEQUENCE"),
     "sequence after": (tampered(lambda reply: setattr(reply, "sequence", reply.sequence + 1)), "WRONG_SEQUENCE"),
     "sequence largest": (_with_field("sequence", 2**64 - 1), "WRONG_SEQUENCE"),

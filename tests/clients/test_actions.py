@@ -6,6 +6,7 @@ import pytest
 from lom_api.codec import pack_array
 from lom_api.v1 import policy_pb2
 from lom_client import BadReply, ClientConfig, PolicyClient
+from lom_client.actions import Score
 from tests.clients.hostile_replies import ACTOR_WITH_MODE, HOSTILE_REPLIES
 from tests.support.fake_policy_server import FakePolicyServer, tampered
 
@@ -54,3 +55,8 @@ def test_another_bundle_may_have_more_components(server: FakePolicyServer, clien
 
     server.act = tampered(change)
     assert client.act([0.1, 0.2, 0.3], deadline_s=10).mode == 7
+
+
+def test_a_score_warns_above_its_threshold_and_at_nan() -> None:
+    score = Score(values=np.array([0.5, 1.0, 1.5, np.nan], np.float32), threshold=1.0)
+    assert score.warns.tolist() == [False, False, True, True]

@@ -29,6 +29,7 @@ KEYS = {
     "latency_p50_us",
     "latency_p99_us",
     "mode_share",
+    "warning_share",
 }
 
 

@@ -53,6 +53,18 @@ def test_both_variants_answer_what_can_be_computed_on_paper(client: PolicyClient
     assert actor.bundle_digest == greedy.bundle_digest == client.get_spec(deadline_s=10).bundle_digest
 
 
+@pytest.mark.parametrize("variant", ["greedy_mode", "actor"])
+def test_a_row_unlike_the_training_data_is_worth_a_warning(client: PolicyClient, variant: str) -> None:
+    observations = np.array([[0.1, -0.2, 0.3], [2.0, -2.0, 0.5]], np.float32)
+    score = client.act(observations, deadline_s=10, variant=variant).scores["state_score"]
+    np.testing.assert_allclose(score.values, [0.6, 4.5], atol=1e-6)
+    assert score.threshold == bundles.STATE_THRESHOLD
+    assert score.warns.tolist() == [False, True]
+    single = client.act(observations[1], deadline_s=10, variant=variant).scores["state_score"]
+    assert single.warns.shape == ()
+    assert bool(single.warns)
+
+
 def test_the_control_loop_is_fresh(client: PolicyClient) -> None:
     with ControlLoop(client, period_s=10, safe_action=[0, 0]) as loop:
         assert {loop.step([0.1, 0.2, 0.3]).source for _ in range(20)} == {Source.FRESH}

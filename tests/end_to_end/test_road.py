@@ -92,6 +92,10 @@ def test_every_answer_names_the_bundle_and_the_variant_that_ran(folder: Path, ta
     assert actor.mode is None
     assert default.bundle_digest == actor.bundle_digest == bundle.digest
     assert default.policy == "fork-v0"
+    assert set(default.scores) == set(actor.scores) == {"state_score", "action_score"}
+    with PolicyClient(target) as client:
+        nowhere = client.act(np.array([60.0, -60.0]), deadline_s=10.0)  # degrees for radians, say
+    assert bool(nowhere.scores["state_score"].warns)
 
 
 def test_lom_act_plays_the_served_policy_and_reports(target: str, tmp_path: Path) -> None:

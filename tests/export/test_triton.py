@@ -1,6 +1,7 @@
 """A Triton repository says of each graph what the graph says of itself."""
 
 import importlib
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,10 @@ def test_an_existing_destination_is_refused_and_kept(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Path, content: bytes) -> int:
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(BundleError, match=r"NO_SPACE: .*No space left on device"):
         write_triton_repository(tmp_path / "models", MANIFEST, GRAPHS)
     assert not list(tmp_path.iterdir())

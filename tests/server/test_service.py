@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from lom_bundle import SpaceSpec
 from lom_server.batcher import Lane, MicroBatcher, Rows
 from lom_server.errors import PolicyError
 from lom_server.service import ActRequest, PolicyService, ServedPolicy
-from tests.support.bundles import POLICY, toy_manifest
+from tests.support.bundles import POLICY, STATE_THRESHOLD, toy_manifest
 from tests.support.engines import BurningEngine
 
 OBSERVATION = np.array([[0.1, 0.2, 0.3]], dtype=np.float32)
@@ -86,6 +87,21 @@ async def test_the_actor_has_neither_mode_nor_margin(service: PolicyService) -> 
     assert reply.variant == "actor"
     assert reply.mode is None
     assert reply.margin is None
+
+
+async def test_scores_come_with_the_threshold_of_the_variant_that_ran(
+    empty_service: PolicyService, engine: BurningEngine
+) -> None:
+    policy = served(engine)
+    lanes = {name: replace(lane, outputs=(*lane.outputs, "state_score")) for name, lane in policy.lanes.items()}
+    empty_service.publish(replace(policy, lanes=lanes))
+    reply = await empty_service.act(asking(variant="actor"), deadline_ns())
+    np.testing.assert_allclose(reply.scores["state_score"].values, [0.6], atol=1e-6)
+    assert reply.scores["state_score"].threshold == STATE_THRESHOLD
+
+
+async def test_an_uncalibrated_bundle_answers_without_scores(service: PolicyService) -> None:
+    assert (await service.act(asking(), deadline_ns())).scores == {}
 
 
 async def test_the_right_contract_hash_is_accepted(service: PolicyService) -> None:

@@ -4,7 +4,8 @@ Observation `o` in R^3, action in [-1, 1]^2, three components:
 
 * `greedy_mode`: hyper-Q of component k is `o[k]`, so mode = argmax(o), margin = largest - second largest,
   action = `COMPONENT_MEANS[mode]`;
-* `actor`: action = clip(o[:2] / 2, -1, 1).
+* `actor`: action = clip(o[:2] / 2, -1, 1);
+* both: state_score = |o[0]| + |o[1]| + |o[2]|, worth a warning above `STATE_THRESHOLD`.
 """
 
 import os
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from lom_bundle import GoldenSpec, Manifest, SpaceSpec, VariantSpec, write_bundle
+from lom_bundle import GoldenSpec, Manifest, SpaceSpec, VariantSpec, WarningSpec, write_bundle
 
 Array = NDArray[Any]
 
@@ -26,6 +27,7 @@ ACTION_DIM = 2
 COMPONENT_MEANS = np.array([[-0.5, -0.25], [0.0, 0.25], [0.5, 0.75]], dtype=np.float32)
 NUM_COMPONENTS = len(COMPONENT_MEANS)
 GOLDEN_ROWS = 16
+STATE_THRESHOLD = 2.5
 
 _BURN_WIDTH = 512
 _OPSET = 17
@@ -70,6 +72,8 @@ def write_test_bundle(
         "greedy_mode.mode": greedy_mode(observation),
         "greedy_mode.margin": greedy_margin(observation),
         "actor.action": actor_action(observation),
+        "greedy_mode.state_score": state_score(observation),
+        "actor.state_score": state_score(observation),
     }
     if flaws.wrong_golden:
         golden["greedy_mode.action"] = -golden["greedy_mode.action"]
@@ -95,12 +99,24 @@ def toy_manifest(*, policy: str = POLICY, default_variant: str = "greedy_mode") 
         ),
         action=SpaceSpec(name="action", shape=(ACTION_DIM,), low=(-1.0,) * ACTION_DIM, high=(1.0,) * ACTION_DIM),
         variants={
-            "greedy_mode": VariantSpec(graph="greedy_mode.onnx", outputs=("action", "mode", "margin", *_DIAGNOSTICS)),
-            "actor": VariantSpec(graph="actor.onnx", outputs=("action",)),
+            "greedy_mode": VariantSpec(
+                graph="greedy_mode.onnx", outputs=("action", "mode", "margin", "state_score", *_DIAGNOSTICS)
+            ),
+            "actor": VariantSpec(graph="actor.onnx", outputs=("action", "state_score")),
         },
         default_variant=default_variant,
         num_components=NUM_COMPONENTS,
         min_mixing_weight=0.0,
+        warnings={
+            "state_score": WarningSpec(
+                thresholds={"greedy_mode": STATE_THRESHOLD, "actor": STATE_THRESHOLD},
+                false_alarm_rate=0.01,
+                calibration="by hand",
+                held_out_episodes=0,
+                held_out_rows=0,
+                held_out_false_alarms={},
+            )
+        },
         golden=GoldenSpec(rows=GOLDEN_ROWS, action_tolerance=1e-6, output_tolerance=1e-6, tie_width=1e-4),
     )
 
@@ -110,6 +126,12 @@ def golden_observations() -> Array:
     observation = np.random.default_rng(7).uniform(-1, 1, (20 * GOLDEN_ROWS, OBSERVATION_DIM)).astype(np.float32)
     sound: Array = observation[greedy_margin(observation) > 0.01][:GOLDEN_ROWS]
     return sound
+
+
+def state_score(observation: Array) -> Array:
+    """float32[B]: what both variants answer."""
+    score: Array = np.abs(observation).sum(axis=1)
+    return score
 
 
 def greedy_mode(observation: Array) -> Array:
@@ -177,6 +199,7 @@ def _greedy_graph(flaws: Flaws) -> ModelProto:
         "action": (TensorProto.FLOAT, [ACTION_DIM]),
         "mode": (TensorProto.INT32, []),
         "margin": (TensorProto.FLOAT, []),
+        "state_score": (TensorProto.FLOAT, []),
         "hyper_q": (TensorProto.FLOAT, [NUM_COMPONENTS]),
         "mixing_weights": (TensorProto.FLOAT, [NUM_COMPONENTS]),
         "component_means": (TensorProto.FLOAT, [NUM_COMPONENTS, ACTION_DIM]),
@@ -196,7 +219,8 @@ def _actor_graph(flaws: Flaws) -> ModelProto:
         helper.make_node("MatMul", [observation, "halves"], ["unbounded"]),
         helper.make_node("Clip", ["unbounded", "low", "high"], ["sound_action"]),
     ]
-    return _model("actor", flaws, nodes, constants, {"action": (TensorProto.FLOAT, [ACTION_DIM])})
+    outputs = {"action": (TensorProto.FLOAT, [ACTION_DIM]), "state_score": (TensorProto.FLOAT, [])}
+    return _model("actor", flaws, nodes, constants, outputs)
 
 
 def _model(
@@ -212,6 +236,9 @@ def _model(
     action = "sound_action"
     constants["first_column"] = np.array([0], dtype=np.int64)
     nodes.append(helper.make_node("Gather", [observation, "first_column"], ["first"], axis=1))
+    constants["columns"] = np.array([1], dtype=np.int64)
+    nodes.append(helper.make_node("Abs", [observation], ["sizes"]))
+    nodes.append(helper.make_node("ReduceSum", ["sizes", "columns"], ["state_score"], keepdims=0))
     if flaws.burn_layers:
         constants["burn_in"] = rng.normal(size=(OBSERVATION_DIM, _BURN_WIDTH)).astype(np.float32)
         constants["burn"] = rng.normal(0, _BURN_WIDTH**-0.5, (_BURN_WIDTH, _BURN_WIDTH)).astype(np.float32)

@@ -52,6 +52,7 @@ class BurningEngine:
             "action": action,
             "mode": np.zeros(len(observation), dtype=np.int32),
             "margin": np.zeros(len(observation), dtype=np.float32),
+            "state_score": np.abs(observation).sum(axis=1),
         }
         return {name: answers[name] for name in outputs}
 

@@ -4,7 +4,7 @@ Needs numpy, grpcio and protobuf. This library is not a safety function: the rob
 stop stay in force.
 """
 
-from lom_client.actions import Actions, Timings
+from lom_client.actions import Actions, Score, Timings
 from lom_client.client import PolicyClient
 from lom_client.config import ClientConfig
 from lom_client.control_loop import ControlLoop, LoopCounters
@@ -40,6 +40,7 @@ __all__ = [
     "PolicyError",
     "PolicyNotFound",
     "PolicySpec",
+    "Score",
     "ServerFault",
     "ServerUnavailable",
     "Source",

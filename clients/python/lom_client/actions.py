@@ -1,5 +1,6 @@
 """The answer to one policy call, and the checks that stand between a reply and a robot."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from lom_api.v1 import policy_pb2
 from lom_client.errors import BadReply
 from lom_client.spec import GREEDY_MODE, PolicySpec, Space
 
+_MOST_SCORES = 16
 # The policy clips in its own arithmetic; what it may miss a float32 bound by is rounding, not intent.
 _BOUND_TOLERANCE = np.float32(1e-5)
 
@@ -26,12 +28,32 @@ class Timings:
 
 
 @dataclass(frozen=True, eq=False)
+class Score:
+    """A number that is large where a robot should be warned.
+
+    **Shapes**: `values` float32 and `warns` bool, with the leading axes of the observations. `warns` is True where the
+    value is not at or below `threshold`, NaN included.
+    """
+
+    values: NDArray[np.float32]
+    threshold: float
+
+    @property
+    def warns(self) -> NDArray[np.bool_]:
+        """Which rows are worth a warning."""
+        return np.asarray(~(self.values <= self.threshold))
+
+
+@dataclass(frozen=True, eq=False)
 class Actions:
     """Checked actions, ready for the environment.
 
     **Shapes**: for observations `[B, O]`: `actions` float32[B, A], `mode` int32[B], `margin` float32[B]; for one row
     `[O]`: `actions` float32[A] and scalars of shape `[]`. `mode` and `margin` are None for a variant that chooses no
     mode; `margin` is NaN where the chosen mode had no runner-up.
+
+    `scores` holds what the bundle can warn by: `state_score` (is the observation like the training data?) and
+    `action_score` (would the behaviour have acted like this?); empty where the bundle was not calibrated.
 
     **Units**: environment units, finite and inside the action space without exception.
     """
@@ -45,6 +67,7 @@ class Actions:
     bundle_digest: str
     sequence: int
     timings: Timings
+    scores: Mapping[str, Score]
 
 
 def read_reply(
@@ -93,7 +116,20 @@ def read_reply(
             batch_rows=reply.timings.batch_rows,
             round_trip_s=round_trip_s,
         ),
+        scores=_read_scores(reply, rows, leading),
     )
+
+
+def _read_scores(reply: policy_pb2.ActReply, rows: int, leading: tuple[int, ...]) -> dict[str, Score]:
+    if len(reply.scores) > _MOST_SCORES or len({score.name for score in reply.scores}) != len(reply.scores):
+        raise BadReply("BAD_SCORES", f"expected at most {_MOST_SCORES} scores, each of them once")
+    scores = {}
+    for score in reply.scores:
+        values = _read_tensor(score.values, "score", np.dtype(np.float32), (rows,))
+        if not np.isfinite(score.threshold):
+            raise BadReply("BAD_SCORES", "expected a finite threshold")
+        scores[score.name] = Score(values=values.reshape(leading).copy(), threshold=score.threshold)
+    return scores
 
 
 def _read_mode(

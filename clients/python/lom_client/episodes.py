@@ -33,6 +33,7 @@ class EpisodeReport:
         successes: whether each episode ended in success; None where the environment does not say.
         latencies_s: float64[steps], seconds from asking to holding the checked action, for each step.
         mode_counts: how often each mode was chosen; empty for a variant that chooses none.
+        warning_counts: by score, on how many steps it was worth a warning.
         variant: the variant that ran.
         policy: the policy that ran.
         bundle_digest: the bundle that ran, the same for every step.
@@ -43,6 +44,7 @@ class EpisodeReport:
     successes: tuple[bool, ...] | None
     latencies_s: NDArray[np.float64]
     mode_counts: Mapping[int, int]
+    warning_counts: Mapping[str, int]
     variant: str
     policy: str
     bundle_digest: str
@@ -51,6 +53,11 @@ class EpisodeReport:
     def success_rate(self) -> float | None:
         """Share of the episodes that ended in success; None where the environment does not say."""
         return None if self.successes is None else float(np.mean(self.successes))
+
+    @property
+    def warning_share(self) -> dict[str, float]:
+        """By score, the share of the steps that it warned at."""
+        return {name: count / len(self.latencies_s) for name, count in sorted(self.warning_counts.items())}
 
     @property
     def mode_share(self) -> dict[int, float]:
@@ -96,6 +103,7 @@ def play_episodes(
     successes: list[bool] = []
     latencies_s: list[float] = []
     mode_counts: Counter[int] = Counter()
+    warning_counts: Counter[str] = Counter()
     bundles: set[str] = set()
     for episode in range(episodes):
         observation, _ = env.reset(seed=seed + episode)
@@ -110,6 +118,8 @@ def play_episodes(
                 raise ContractMismatch("BUNDLE_CHANGED", "the server changed the bundle while episodes were played")
             if answer.mode is not None:
                 mode_counts[int(answer.mode)] += 1
+            for name, score in answer.scores.items():
+                warning_counts[name] += int(score.warns)
             observation, reward, terminated, truncated, info = env.step(answer.actions.astype(env.action_space.dtype))
             episode_return += float(reward)
             length += 1
@@ -128,6 +138,7 @@ def play_episodes(
         successes=tuple(successes) if len(successes) == episodes else None,
         latencies_s=np.array(latencies_s),
         mode_counts=mode_counts,
+        warning_counts=warning_counts,
         variant=spec.default_variant if variant is None else variant,
         policy=spec.policy,
         bundle_digest=bundles.pop(),

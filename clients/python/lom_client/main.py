@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -106,6 +107,7 @@ def report_json(config: ActConfig, report: "EpisodeReport") -> dict[str, Any]:
         "fresh": len(report.latencies_s),
         "latency_p50_us": float(p50),
         "latency_p99_us": float(p99),
+        "warning_share": report.warning_share,
         "mode_share": {str(mode): share for mode, share in report.mode_share.items()},
     }
 
@@ -158,7 +160,10 @@ def _make_env(env_id: str) -> "gymnasium.Env[Any, Any]":
         # gymnasium 1.x reads this entry-point group no longer by itself.
         for plugin in entry_points(group="gymnasium.envs"):
             plugin.load()()
-        return gymnasium.make(env_id)
+        with warnings.catch_warnings():
+            # "-v4 is out of date": a policy belongs to exactly the version that it was trained on.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return gymnasium.make(env_id)
     except Exception as error:  # plugins and an environment's constructor are foreign code
         raise _UsageError(f"--env: cannot make {env_id!r}: {_first_line(str(error))}") from None
 
@@ -177,6 +182,8 @@ def _print_table(config: ActConfig, report: "EpisodeReport") -> None:
     table.add_row("episode length", f"{numbers['length_mean']:.1f}")
     table.add_row("latency p50", f"{numbers['latency_p50_us']:.0f} µs")
     table.add_row("latency p99", f"{numbers['latency_p99_us']:.0f} µs")
+    for name, share in report.warning_share.items():
+        table.add_row(f"{name} warnings", f"{share:.2%}")
     for mode, share in report.mode_share.items():
         table.add_row(f"mode {mode}", f"{share:.1%}")
     Console().print(table)

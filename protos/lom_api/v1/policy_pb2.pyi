@@ -127,6 +127,7 @@ class ActReply(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     MARGIN_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
+    SCORES_FIELD_NUMBER: _builtins.int
     policy: _builtins.str
     version: _builtins.int
     variant: _builtins.str
@@ -150,6 +151,10 @@ class ActReply(_message.Message):
     def timings(self) -> Global___ServerTimings:
         """that were allowed; NaN where only one was"""
 
+    @_builtins.property
+    def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___Score]:
+        """what the bundle can warn by; empty where it was not calibrated"""
+
     def __init__(
         self,
         *,
@@ -162,14 +167,51 @@ class ActReply(_message.Message):
         mode: Global___Tensor | None = ...,
         margin: Global___Tensor | None = ...,
         timings: Global___ServerTimings | None = ...,
+        scores: _abc.Iterable[Global___Score] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "margin", b"margin", "mode", b"mode", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "bundle_digest", b"bundle_digest", "margin", b"margin", "mode", b"mode", "policy", b"policy", "sequence", b"sequence", "timings", b"timings", "variant", b"variant", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "bundle_digest", b"bundle_digest", "margin", b"margin", "mode", b"mode", "policy", b"policy", "scores", b"scores", "sequence", b"sequence", "timings", b"timings", "variant", b"variant", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ActReply: _TypeAlias = ActReply  # noqa: Y015
+
+@_typing.final
+class Score(_message.Message):
+    """A number per row that is large where a robot should be warned. A row is worth a warning unless its value is at or
+    below the threshold, NaN included.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"state_score": is the observation like the training data?"""
+    threshold: _builtins.float
+    """of the variant that ran"""
+    @_builtins.property
+    def values(self) -> Global___Tensor:
+        """"action_score": would the behaviour have acted like this?
+        float32[B]
+        """
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        values: Global___Tensor | None = ...,
+        threshold: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "threshold", b"threshold", "values", b"values"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Score: _TypeAlias = Score  # noqa: Y015
 
 @_typing.final
 class ServerTimings(_message.Message):

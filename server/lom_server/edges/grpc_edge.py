@@ -184,6 +184,10 @@ def _reply_message(reply: ActReply, sequence: int) -> bytes:
         timings=policy_pb2.ServerTimings(
             queue_ns=reply.queue_ns, inference_ns=reply.inference_ns, batch_rows=reply.batch_rows
         ),
+        scores=[
+            policy_pb2.Score(name=name, values=pack_array(score.values, name), threshold=score.threshold)
+            for name, score in reply.scores.items()
+        ],
     ).SerializeToString()
 
 
