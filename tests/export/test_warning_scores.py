@@ -66,6 +66,32 @@ def test_what_the_data_never_showed_is_flagged(
     assert share_flagged(fitted, corruption(ring(4000, 2)).astype(np.float32)) >= at_least  # type: ignore[operator]
 
 
+def test_numbers_beyond_float32s_squares_are_flagged_without_becoming_nan(
+    fitted: tuple[torch.nn.Module, float],
+) -> None:
+    score, threshold = fitted
+    with torch.no_grad():
+        scores = score(torch.tensor([[3e38, -3e38, 3e38, -3e38], [-3e38] * 4, [1e20, 0.0, 0.0, -1e20]]))
+    assert torch.isfinite(scores).all()
+    assert (scores > threshold).all()
+
+
+def test_episodes_that_differ_from_each_other_raise_the_threshold() -> None:
+    """Judged by rows, such data would look well known, and every new episode would raise an alarm throughout."""
+
+    def wandering(seed: int, episodes: int = 16, length: int = 40) -> Array:
+        rng = np.random.default_rng(seed)
+        centres = rng.standard_normal((episodes, 1, 3))
+        rows: Array = (centres + 0.05 * rng.standard_normal((episodes, length, 3))).reshape(-1, 3).astype(np.float32)
+        return rows
+
+    rows, new = wandering(0), wandering(1)
+    by_episode = fit_state_score(rows, episodes_of(len(rows), 40), false_alarm_rate=0.01, seed=0)
+    as_one = fit_state_score(rows, np.zeros(len(rows), np.int32), false_alarm_rate=0.01, seed=0)
+    assert share_flagged(by_episode, new) < 0.3
+    assert share_flagged(as_one, new) > 0.6
+
+
 def test_the_same_seed_gives_the_same_score() -> None:
     rows, episodes = ring(400, 3), episodes_of(400)
     (first, t1), (second, t2) = (fit_state_score(rows, episodes, false_alarm_rate=0.01, seed=5) for _ in range(2))

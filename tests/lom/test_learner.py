@@ -100,6 +100,14 @@ def test_rows_without_a_next_action_stay_out_of_the_critic(transitions: Transiti
     assert all(np.isfinite(value) for value in learner.metrics().values())
 
 
+def test_an_action_is_valued_and_imitated_inside_the_bounds(transitions: Transitions) -> None:
+    """LOM's fifth trap: hyper-Q valued unclipped samples, the actor imitated clipped ones."""
+    learner = Learner(transitions, TINY, LOW, HIGH)
+    samples = learner._sample_components(torch.full((500, 2), 0.95), torch.zeros(500, 2))
+    assert samples.max() == 1.0
+    assert samples.min() == -1.0
+
+
 def test_only_timeouts_of_one_row_episodes_are_refused(transitions: Transitions) -> None:
     nothing = np.zeros(len(transitions), np.bool_)
     with pytest.raises(DatasetError, match="next action or a terminal"):

@@ -109,6 +109,17 @@ def test_actions_on_the_bounds_and_a_constant_action_dimension_give_finite_losse
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in mixture.parameters())
 
 
+def test_an_action_on_the_bound_is_fitted_just_inside_it() -> None:
+    """A tanh mean would have to grow without end to reach 1."""
+    torch.manual_seed(0)
+    mixture = BehaviourMixture(1, 1, 2, (8,))
+    observations = torch.zeros(4, 1)
+    on_bound, inside = torch.ones(4, 1), torch.full((4, 1), 0.999)
+    assert mixture.negative_log_likelihood(observations, on_bound) == mixture.negative_log_likelihood(
+        observations, inside
+    )
+
+
 def test_the_split_one_hot_head_equals_one_network_on_the_joined_input() -> None:
     torch.manual_seed(0)
     head = OneHotHyperCritic(observation_dim=3, num_components=4, hidden=(8, 8))
