@@ -1,7 +1,5 @@
-"""The LOM policy inference server: answers observations with actions, from a bundle that proves itself first."""
+"""The LOM policy inference server: answers observations with actions, from a bundle that proves itself first.
 
-from lom_server.config import ServerConfig
-from lom_server.errors import PolicyError, StartError
-from lom_server.lifecycle import RunningServer, serve
-
-__all__ = ["PolicyError", "RunningServer", "ServerConfig", "StartError", "serve"]
+`lom-serve BUNDLE` on the command line; `lom_server.lifecycle.serve` inside an asyncio program. Importing this package is
+light: onnxruntime and gRPC are loaded by the modules that need them.
+"""

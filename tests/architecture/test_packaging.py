@@ -33,6 +33,23 @@ def test_a_room_loads_only_what_it_may(statement: str, forbidden: set[str]) -> N
     assert modules_after(statement) & forbidden == set()
 
 
+@pytest.mark.parametrize(
+    ("package", "missing", "said"),
+    [
+        ("lom", "torch", "lom-train: torch is missing: pip install 'lom[train]'"),
+        ("lom_export", "onnx", "lom-export: onnx is missing: pip install 'lom[export]'"),
+        ("lom_server", "onnxruntime", "lom-serve: onnxruntime is missing: pip install 'lom[server]'"),
+        ("lom_client", "tyro", "lom-act: tyro is missing: pip install 'lom[client,envs]'"),
+    ],
+)
+def test_a_missing_extra_is_one_line(package: str, missing: str, said: str) -> None:
+    module = "lom_client.main" if package == "lom_client" else f"{package}.__main__"
+    program = f"import sys; sys.modules[{missing!r}] = None; import {module} as p; sys.exit(p.main())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert done.stderr.strip() == said
+
+
 def test_the_wheel_holds_the_six_packages_and_nothing_else(tmp_path: Path) -> None:
     build = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(tmp_path)]
     subprocess.run(build, cwd=PROJECT, check=True, capture_output=True)

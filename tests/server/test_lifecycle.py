@@ -10,8 +10,9 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from lom_bundle import BundleError
-from lom_server import ServerConfig, serve
+from lom_server.config import ServerConfig
 from lom_server.engine import OnnxEngine
+from lom_server.lifecycle import serve
 from tests.support.bundles import Flaws, write_test_bundle
 
 PATIENCE_S = 30.0
