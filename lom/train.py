@@ -114,6 +114,9 @@ def train(arguments: TrainArguments, console: Console) -> None:
         if runs.open_run(folder) != spec:
             raise runs.RunError(f"--resume {folder}: expected the data, environment and settings that it began with")
         learner.restore(runs.load_checkpoint(folder)[0])
+        if learner.policy_steps_done == config.steps and (folder / runs.SUMMARY_FILE).is_file():
+            console.print(f"{folder}: training and evaluation are finished already", markup=False, soft_wrap=True)
+            return
     else:
         runs.create_run(folder, spec)
 

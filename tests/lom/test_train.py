@@ -90,6 +90,17 @@ def test_resuming_with_other_settings_is_refused(
     assert "expected the data, environment and settings that it began with" in capsys.readouterr().err
 
 
+def test_resuming_what_is_finished_changes_nothing(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [str(dataset), "--out", str(tmp_path / "run"), *QUICK]
+    train.main(command)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}
+    train.main([*command, "--resume"])
+    assert "finished already" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.*")} == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
