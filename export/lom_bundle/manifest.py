@@ -59,6 +59,12 @@ class SpaceSpec:
         if not all(low < high for low, high in zip(self.low, self.high, strict=True)):
             raise BundleError("BAD_MANIFEST", f"space {self.name!r}: expected every low below its high")
 
+    @property
+    def elements(self) -> str:
+        """Names with their units, in order, for people; empty where the exporter was not told any."""
+        units = self.units or ("",) * len(self.element_names)
+        return ", ".join(f"{name} {unit}".strip() for name, unit in zip(self.element_names, units, strict=True))
+
 
 @dataclass(frozen=True, kw_only=True)
 class GraphSpec:

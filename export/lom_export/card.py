@@ -69,9 +69,7 @@ def model_card(manifest: Manifest) -> str:
 
 
 def _space(space: SpaceSpec) -> str:
-    units = space.units or ("",) * len(space.element_names)
-    elements = ", ".join(f"{name} {unit}".strip() for name, unit in zip(space.element_names, units, strict=True))
-    return f"`{space.name}` {space.dtype}{list(space.shape)}" + (f" ({elements})" if elements else "")
+    return f"`{space.name}` {space.dtype}{list(space.shape)}" + (f" ({space.elements})" if space.elements else "")
 
 
 def _warnings(manifest: Manifest) -> str:

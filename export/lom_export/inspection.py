@@ -1,17 +1,14 @@
 """`lom-export inspect` and `lom-export verify`: what a bundle is, and whether this machine may believe it."""
 
 import functools
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
 from lom_bundle import Bundle, SpaceSpec, check_golden, read_bundle
 from lom_bundle.signature import load_trusted_key
-from lom_export.proof import cpu_session
+from lom_export.proof import cpu_session, named_outputs
 
 
 def inspect_bundle(folder: Path) -> None:
@@ -66,7 +63,7 @@ def verify_bundle(folder: Path, trusted_keys: tuple[Path, ...]) -> None:
 def _golden_line(bundle: Bundle, variant: str) -> str:
     session = cpu_session(bundle.graphs[variant])
     outputs = bundle.manifest.variants[variant].outputs
-    run = functools.partial(_run, session, outputs)
+    run = functools.partial(named_outputs, session, outputs)
     report = check_golden(bundle.manifest, variant, run, bundle.golden)
     return (
         f"{variant}: {report.rows} golden rows on {session.get_providers()[0]}, {report.ties} ties, "
@@ -74,13 +71,6 @@ def _golden_line(bundle: Bundle, variant: str) -> str:
     )
 
 
-def _run(session: Any, outputs: tuple[str, ...], inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    return dict(zip(outputs, session.run(list(outputs), dict(inputs)), strict=True))
-
-
 def _describe(space: SpaceSpec) -> str:
     bounds = f"{space.dtype}{list(space.shape)} in [{min(space.low):g}, {max(space.high):g}]"
-    if not space.element_names:
-        return bounds
-    units = space.units or ("",) * len(space.element_names)
-    return f"{bounds}: " + ", ".join(f"{n} {u}".strip() for n, u in zip(space.element_names, units, strict=True))
+    return f"{bounds}: {space.elements}" if space.elements else bounds

@@ -28,7 +28,7 @@ from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 from onnxruntime.quantization.quant_utils import add_pre_process_metadata
 
 from lom_bundle import BundleError, Manifest
-from lom_export.proof import cpu_session, without_corners
+from lom_export.proof import cpu_session, named_outputs, without_corners
 
 Precision = Literal["fp32", "fp16", "int8"]
 Arrays = Mapping[str, NDArray[Any]]
@@ -166,7 +166,7 @@ def narrow(
     for name, variant in variants.items():
         graph = convert(graphs[variant.graph], precision, calibration)
         expected = {output: kept[f"{name}.{output}"] for output in variant.outputs}
-        got = dict(zip(variant.outputs, cpu_session(graph).run(list(variant.outputs), inputs), strict=True))
+        got = named_outputs(cpu_session(graph), variant.outputs, inputs)
         report = measure(expected, got, action_range, manifest.golden.tie_width)
         if precision == "fp16":
             # A CPU widens fp16 layers again and shows no rounding of activations; this evaluator does.

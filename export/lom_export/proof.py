@@ -1,6 +1,6 @@
 """Golden rows, and the parity gate: onnxruntime must answer as torch does, or there is no bundle."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,15 +191,20 @@ def cpu_session(graph: bytes) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
+def named_outputs(session: onnxruntime.InferenceSession, names: Sequence[str], inputs: Arrays) -> dict[str, Array]:
+    """One run: outputs by name, of which only `names` are fetched."""
+    return dict(zip(names, session.run(list(names), dict(inputs)), strict=True))
+
+
 def _in_batches(
     session: onnxruntime.InferenceSession, outputs: list[str], batch_rows: int, extra_inputs: Arrays
 ) -> Callable[[Arrays], Arrays]:
     def run(inputs: Arrays) -> Arrays:
         feeds = {**inputs, **extra_inputs}
         parts = [
-            session.run(outputs, {name: array[start : start + batch_rows] for name, array in feeds.items()})
+            named_outputs(session, outputs, {name: rows[start : start + batch_rows] for name, rows in feeds.items()})
             for start in range(0, len(feeds[OBSERVATION]), batch_rows)
         ]
-        return {name: np.concatenate(column) for name, column in zip(outputs, zip(*parts, strict=True), strict=True)}
+        return {name: np.concatenate([part[name] for part in parts]) for name in outputs}
 
     return run
