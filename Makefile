@@ -54,7 +54,8 @@ protos: ## regenerate the stubs (in an environment of its own: the newest genera
 	test -x $(STUBS_VENV)/bin/python || python3 -m venv $(STUBS_VENV)
 	$(STUBS_VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements/stubs.txt
 	PATH=$(STUBS_VENV)/bin:$$PATH $(STUBS_VENV)/bin/python -m grpc_tools.protoc -I protos --python_out=protos \
-	  --grpc_python_out=protos --mypy_out=quiet:protos --mypy_grpc_out=quiet:protos lom_api/v1/policy.proto
+	  --grpc_python_out=protos --mypy_out=quiet:protos --mypy_grpc_out=quiet:protos \
+	  lom_api/v1/policy.proto lom_api/v1/admin.proto
 
 requirements: setup ## pin again what pyproject.toml asks for
 	$(COMPILE) --extra dev | $(BARE_PINS) > requirements/dev.txt

@@ -24,31 +24,41 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17lom_api/v1/policy.proto\x12\nlom_api.v1\"X\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x05\x64type\x18\x02 \x01(\x0e\x32\x14.lom_api.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"\x8b\x01\n\nActRequest\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x0f\n\x07variant\x18\x03 \x01(\t\x12\"\n\x06inputs\x18\x04 \x03(\x0b\x32\x12.lom_api.v1.Tensor\x12\x10\n\x08sequence\x18\x05 \x01(\x04\x12\x15\n\rcontract_hash\x18\x06 \x01(\t\"\x9e\x02\n\x08\x41\x63tReply\x12\"\n\x06\x61\x63tion\x18\x01 \x01(\x0b\x32\x12.lom_api.v1.Tensor\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\x0f\n\x07variant\x18\x04 \x01(\t\x12\x15\n\rbundle_digest\x18\x05 \x01(\t\x12\x10\n\x08sequence\x18\x06 \x01(\x04\x12 \n\x04mode\x18\x07 \x01(\x0b\x32\x12.lom_api.v1.Tensor\x12\"\n\x06margin\x18\x08 \x01(\x0b\x32\x12.lom_api.v1.Tensor\x12*\n\x07timings\x18\t \x01(\x0b\x32\x19.lom_api.v1.ServerTimings\x12!\n\x06scores\x18\n \x03(\x0b\x32\x11.lom_api.v1.Score\"L\n\x05Score\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x06values\x18\x02 \x01(\x0b\x32\x12.lom_api.v1.Tensor\x12\x11\n\tthreshold\x18\x03 \x01(\x02\"K\n\rServerTimings\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x14\n\x0cinference_ns\x18\x02 \x01(\x04\x12\x12\n\nbatch_rows\x18\x03 \x01(\r\"&\n\x14GetPolicySpecRequest\x12\x0e\n\x06policy\x18\x01 \x01(\t\"\x98\x02\n\nPolicySpec\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12!\n\x06inputs\x18\x03 \x03(\x0b\x32\x11.lom_api.v1.Space\x12!\n\x06\x61\x63tion\x18\x04 \x01(\x0b\x32\x11.lom_api.v1.Space\x12\x10\n\x08variants\x18\x05 \x03(\t\x12\x17\n\x0f\x64\x65\x66\x61ult_variant\x18\x06 \x01(\t\x12\x15\n\rbundle_digest\x18\x07 \x01(\t\x12\x15\n\rcontract_hash\x18\x08 \x01(\t\x12\x16\n\x0enum_components\x18\t \x01(\r\x12\x16\n\x0emax_batch_rows\x18\n \x01(\r\x12\x1a\n\x12\x65xecution_provider\x18\x0b \x01(\t\"d\n\x05Space\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x05\x64type\x18\x02 \x01(\x0e\x32\x14.lom_api.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0b\n\x03low\x18\x04 \x03(\x02\x12\x0c\n\x04high\x18\x05 \x03(\x02*Q\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x02\x32\x8f\x01\n\rPolicyService\x12\x33\n\x03\x41\x63t\x12\x16.lom_api.v1.ActRequest\x1a\x14.lom_api.v1.ActReply\x12I\n\rGetPolicySpec\x12 .lom_api.v1.GetPolicySpecRequest\x1a\x16.lom_api.v1.PolicySpecb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17lom_api/v1/policy.proto\x12\nlom_api.v1\"X\n\x06Tensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x05\x64type\x18\x02 \x01(\x0e\x32\x14.lom_api.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x04 \x01(\x0c\"\xe0\x02\n\nActRequest\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12\x0f\n\x07variant\x18\x03 \x01(\t\x12\"\n\x06inputs\x18\x04 \x03(\x0b\x32\x12.lom_api.v1.Tensor\x12\x10\n\x08sequence\x18\x05 \x01(\x04\x12\x15\n\rcontract_hash\x18\x06 \x01(\t\x12\x0f\n\x07\x65xplain\x18\x07 \x01(\x08\x12\x11\n\x04mode\x18\x08 \x01(\x05H\x00\x88\x01\x01\x12\x1a\n\rsampling_seed\x18\t \x01(\x04H\x01\x88\x01\x01\x12*\n\nhysteresis\x18\n \x01(\x0b\x32\x16.lom_api.v1.Hysteresis\x12&\n\x08priority\x18\x0b \x01(\x0e\x32\x14.lom_api.v1.Priority\x12\x11\n\tbudget_ns\x18\x0c \x01(\x04\x12\x11\n\tsupersede\x18\r \x01(\x08\x42\x07\n\x05_modeB\x10\n\x0e_sampling_seed\"F\n\nHysteresis\x12)\n\rprevious_mode\x18\x01 \x01(\x0b\x32\x12.lom_api.v1.Tensor\x12\r\n\x05width\x18\x02 \x01(\x02\"\xe0\x02\n\x08\x41\x63tReply\x12\"\n\x06\x61\x63tion\x18\x01 \x01(\x0b\x32\x12.lom_api.v1.Tensor\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\r\x12\x0f\n\x07variant\x18\x04 \x01(\t\x12\x15\n\rbundle_digest\x18\x05 \x01(\t\x12\x10\n\x08sequence\x18\x06 \x01(\x04\x12 \n\x04mode\x18\x07 \x01(\x0b\x32\x12.lom_api.v1.Tensor\x12\"\n\x06margin\x18\x08 \x01(\x0b\x32\x12.lom_api.v1.Tensor\x12*\n\x07timings\x18\t \x01(\x0b\x32\x19.lom_api.v1.ServerTimings\x12!\n\x06scores\x18\n \x03(\x0b\x32\x11.lom_api.v1.Score\x12,\n\x0b\x65xplanation\x18\x0b \x01(\x0b\x32\x17.lom_api.v1.Explanation\x12\x12\n\nis_clamped\x18\x0c \x01(\x08\"\xbb\x01\n\x0b\x45xplanation\x12#\n\x07hyper_q\x18\x01 \x01(\x0b\x32\x12.lom_api.v1.Tensor\x12*\n\x0emixing_weights\x18\x02 \x01(\x0b\x32\x12.lom_api.v1.Tensor\x12+\n\x0f\x63omponent_means\x18\x03 \x01(\x0b\x32\x12.lom_api.v1.Tensor\x12.\n\x12\x63omponent_log_stds\x18\x04 \x01(\x0b\x32\x12.lom_api.v1.Tensor\"{\n\x0e\x41\x63tStreamReply\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12%\n\x05reply\x18\x02 \x01(\x0b\x32\x14.lom_api.v1.ActReplyH\x00\x12&\n\x07refusal\x18\x03 \x01(\x0b\x32\x13.lom_api.v1.RefusalH\x00\x42\x08\n\x06result\"@\n\x07Refusal\x12\x0c\n\x04\x63ode\x18\x01 \x01(\r\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x16\n\x0eretry_after_ms\x18\x03 \x01(\x04\"[\n\x05Score\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x06values\x18\x02 \x01(\x0b\x32\x12.lom_api.v1.Tensor\x12\x11\n\tthreshold\x18\x03 \x01(\x02\x12\r\n\x05warns\x18\x04 \x03(\x08\"K\n\rServerTimings\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x14\n\x0cinference_ns\x18\x02 \x01(\x04\x12\x12\n\nbatch_rows\x18\x03 \x01(\r\"7\n\x14GetPolicySpecRequest\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\"\x98\x02\n\nPolicySpec\x12\x0e\n\x06policy\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\r\x12!\n\x06inputs\x18\x03 \x03(\x0b\x32\x11.lom_api.v1.Space\x12!\n\x06\x61\x63tion\x18\x04 \x01(\x0b\x32\x11.lom_api.v1.Space\x12\x10\n\x08variants\x18\x05 \x03(\t\x12\x17\n\x0f\x64\x65\x66\x61ult_variant\x18\x06 \x01(\t\x12\x15\n\rbundle_digest\x18\x07 \x01(\t\x12\x15\n\rcontract_hash\x18\x08 \x01(\t\x12\x16\n\x0enum_components\x18\t \x01(\r\x12\x16\n\x0emax_batch_rows\x18\n \x01(\r\x12\x1a\n\x12\x65xecution_provider\x18\x0b \x01(\t\"d\n\x05Space\x12\x0c\n\x04name\x18\x01 \x01(\t\x12#\n\x05\x64type\x18\x02 \x01(\x0e\x32\x14.lom_api.v1.DataType\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x0b\n\x03low\x18\x04 \x03(\x02\x12\x0c\n\x04high\x18\x05 \x03(\x02*Q\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x01\x12\x13\n\x0f\x44\x41TA_TYPE_INT32\x10\x02*1\n\x08Priority\x12\x11\n\rPRIORITY_LIVE\x10\x00\x12\x12\n\x0ePRIORITY_BATCH\x10\x01\x32\xd4\x01\n\rPolicyService\x12\x33\n\x03\x41\x63t\x12\x16.lom_api.v1.ActRequest\x1a\x14.lom_api.v1.ActReply\x12\x43\n\tActStream\x12\x16.lom_api.v1.ActRequest\x1a\x1a.lom_api.v1.ActStreamReply(\x01\x30\x01\x12I\n\rGetPolicySpec\x12 .lom_api.v1.GetPolicySpecRequest\x1a\x16.lom_api.v1.PolicySpecb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lom_api.v1.policy_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DATATYPE']._serialized_start=1140
-  _globals['_DATATYPE']._serialized_end=1221
+  _globals['_DATATYPE']._serialized_start=1904
+  _globals['_DATATYPE']._serialized_end=1985
+  _globals['_PRIORITY']._serialized_start=1987
+  _globals['_PRIORITY']._serialized_end=2036
   _globals['_TENSOR']._serialized_start=39
   _globals['_TENSOR']._serialized_end=127
   _globals['_ACTREQUEST']._serialized_start=130
-  _globals['_ACTREQUEST']._serialized_end=269
-  _globals['_ACTREPLY']._serialized_start=272
-  _globals['_ACTREPLY']._serialized_end=558
-  _globals['_SCORE']._serialized_start=560
-  _globals['_SCORE']._serialized_end=636
-  _globals['_SERVERTIMINGS']._serialized_start=638
-  _globals['_SERVERTIMINGS']._serialized_end=713
-  _globals['_GETPOLICYSPECREQUEST']._serialized_start=715
-  _globals['_GETPOLICYSPECREQUEST']._serialized_end=753
-  _globals['_POLICYSPEC']._serialized_start=756
-  _globals['_POLICYSPEC']._serialized_end=1036
-  _globals['_SPACE']._serialized_start=1038
-  _globals['_SPACE']._serialized_end=1138
-  _globals['_POLICYSERVICE']._serialized_start=1224
-  _globals['_POLICYSERVICE']._serialized_end=1367
+  _globals['_ACTREQUEST']._serialized_end=482
+  _globals['_HYSTERESIS']._serialized_start=484
+  _globals['_HYSTERESIS']._serialized_end=554
+  _globals['_ACTREPLY']._serialized_start=557
+  _globals['_ACTREPLY']._serialized_end=909
+  _globals['_EXPLANATION']._serialized_start=912
+  _globals['_EXPLANATION']._serialized_end=1099
+  _globals['_ACTSTREAMREPLY']._serialized_start=1101
+  _globals['_ACTSTREAMREPLY']._serialized_end=1224
+  _globals['_REFUSAL']._serialized_start=1226
+  _globals['_REFUSAL']._serialized_end=1290
+  _globals['_SCORE']._serialized_start=1292
+  _globals['_SCORE']._serialized_end=1383
+  _globals['_SERVERTIMINGS']._serialized_start=1385
+  _globals['_SERVERTIMINGS']._serialized_end=1460
+  _globals['_GETPOLICYSPECREQUEST']._serialized_start=1462
+  _globals['_GETPOLICYSPECREQUEST']._serialized_end=1517
+  _globals['_POLICYSPEC']._serialized_start=1520
+  _globals['_POLICYSPEC']._serialized_end=1800
+  _globals['_SPACE']._serialized_start=1802
+  _globals['_SPACE']._serialized_end=1902
+  _globals['_POLICYSERVICE']._serialized_start=2039
+  _globals['_POLICYSERVICE']._serialized_end=2251
 # @@protoc_insertion_point(module_scope)

@@ -5,7 +5,7 @@ The wire contract between robots and the LOM policy inference server.
 
 Rules that hold for every message:
   * Arrays travel as `Tensor`: row-major, little-endian, first axis = rows (B).
-  * The gRPC deadline is the only time budget. No field carries one, and none carries a path.
+  * Time is a budget from the moment of arrival: the gRPC deadline, on a stream also `budget_ns`. No wall time, no path.
   * Errors are gRPC statuses whose message reads `REASON_CODE: what was wrong, what was expected, what was got`.
   * A field is never renumbered or reused; a reader ignores fields that it does not know.
 """
@@ -42,6 +42,25 @@ DATA_TYPE_UNSPECIFIED: DataType.ValueType  # 0
 DATA_TYPE_FLOAT32: DataType.ValueType  # 1
 DATA_TYPE_INT32: DataType.ValueType  # 2
 Global___DataType: _TypeAlias = DataType  # noqa: Y015
+
+class _Priority:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Priority.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    PRIORITY_LIVE: _Priority.ValueType  # 0
+    """a robot waits"""
+    PRIORITY_BATCH: _Priority.ValueType  # 1
+    """shadow traffic, evaluation: runs when nobody waits, refused first"""
+
+class Priority(_Priority, metaclass=_PriorityEnumTypeWrapper): ...
+
+PRIORITY_LIVE: Priority.ValueType  # 0
+"""a robot waits"""
+PRIORITY_BATCH: Priority.ValueType  # 1
+"""shadow traffic, evaluation: runs when nobody waits, refused first"""
+Global___Priority: _TypeAlias = Priority  # noqa: Y015
 
 @_typing.final
 class Tensor(_message.Message):
@@ -82,6 +101,13 @@ class ActRequest(_message.Message):
     INPUTS_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
     CONTRACT_HASH_FIELD_NUMBER: _builtins.int
+    EXPLAIN_FIELD_NUMBER: _builtins.int
+    MODE_FIELD_NUMBER: _builtins.int
+    SAMPLING_SEED_FIELD_NUMBER: _builtins.int
+    HYSTERESIS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    BUDGET_NS_FIELD_NUMBER: _builtins.int
+    SUPERSEDE_FIELD_NUMBER: _builtins.int
     policy: _builtins.str
     """required; `GetPolicySpec` names it"""
     version: _builtins.int
@@ -92,9 +118,28 @@ class ActRequest(_message.Message):
     """echoed, so that a client can tell a late reply from a fresh one"""
     contract_hash: _builtins.str
     """optional; refused with FAILED_PRECONDITION when it differs from the policy's"""
+    explain: _builtins.bool
+    """greedy_mode only: answer with `ActReply.explanation`"""
+    mode: _builtins.int
+    """greedy_mode only: act by this component, supported or not"""
+    sampling_seed: _builtins.int
+    """greedy_mode only: sample from the component instead of taking its mean; the same"""
+    priority: Global___Priority.ValueType
+    budget_ns: _builtins.int
+    """the answer is useless this long after arrival; 0: only the gRPC deadline counts. On a"""
+    supersede: _builtins.bool
+    """stream, whose deadline is the whole episode's, the server's default instead
+    ActStream: earlier requests of this stream that have not begun to run are not run, and
+    """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
         """one tensor for each entry of `PolicySpec.inputs`, raw environment units"""
+
+    @_builtins.property
+    def hysteresis(self) -> Global___Hysteresis:
+        """seed and observations give the same actions
+        greedy_mode only
+        """
 
     def __init__(
         self,
@@ -105,14 +150,58 @@ class ActRequest(_message.Message):
         inputs: _abc.Iterable[Global___Tensor] | None = ...,
         sequence: _builtins.int = ...,
         contract_hash: _builtins.str = ...,
+        explain: _builtins.bool = ...,
+        mode: _builtins.int | None = ...,
+        sampling_seed: _builtins.int | None = ...,
+        hysteresis: Global___Hysteresis | None = ...,
+        priority: Global___Priority.ValueType = ...,
+        budget_ns: _builtins.int = ...,
+        supersede: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_mode", b"_mode", "_sampling_seed", b"_sampling_seed", "hysteresis", b"hysteresis", "mode", b"mode", "sampling_seed", b"sampling_seed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contract_hash", b"contract_hash", "inputs", b"inputs", "policy", b"policy", "sequence", b"sequence", "variant", b"variant", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mode", b"_mode", "_sampling_seed", b"_sampling_seed", "budget_ns", b"budget_ns", "contract_hash", b"contract_hash", "explain", b"explain", "hysteresis", b"hysteresis", "inputs", b"inputs", "mode", b"mode", "policy", b"policy", "priority", b"priority", "sampling_seed", b"sampling_seed", "sequence", b"sequence", "supersede", b"supersede", "variant", b"variant", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__mode: _TypeAlias = _typing.Literal["mode"]  # noqa: Y015
+    _WhichOneofArgType__mode: _TypeAlias = _typing.Literal["_mode", b"_mode"]  # noqa: Y015
+    _WhichOneofReturnType__sampling_seed: _TypeAlias = _typing.Literal["sampling_seed"]  # noqa: Y015
+    _WhichOneofArgType__sampling_seed: _TypeAlias = _typing.Literal["_sampling_seed", b"_sampling_seed"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mode) -> _WhichOneofReturnType__mode | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sampling_seed) -> _WhichOneofReturnType__sampling_seed | None: ...
+
+Global___ActRequest: _TypeAlias = ActRequest  # noqa: Y015
+
+@_typing.final
+class Hysteresis(_message.Message):
+    """Keeps the previous mode unless another one is better by more than `width`. The state travels with the request, so that
+    a restarted server, or another one, answers alike.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PREVIOUS_MODE_FIELD_NUMBER: _builtins.int
+    WIDTH_FIELD_NUMBER: _builtins.int
+    width: _builtins.float
+    """hyper-Q units; 0 or more"""
+    @_builtins.property
+    def previous_mode(self) -> Global___Tensor:
+        """int32[B]; -1: none"""
+
+    def __init__(
+        self,
+        *,
+        previous_mode: Global___Tensor | None = ...,
+        width: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["previous_mode", b"previous_mode"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["previous_mode", b"previous_mode", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___ActRequest: _TypeAlias = ActRequest  # noqa: Y015
+Global___Hysteresis: _TypeAlias = Hysteresis  # noqa: Y015
 
 @_typing.final
 class ActReply(_message.Message):
@@ -128,6 +217,8 @@ class ActReply(_message.Message):
     MARGIN_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     SCORES_FIELD_NUMBER: _builtins.int
+    EXPLANATION_FIELD_NUMBER: _builtins.int
+    IS_CLAMPED_FIELD_NUMBER: _builtins.int
     policy: _builtins.str
     version: _builtins.int
     variant: _builtins.str
@@ -135,6 +226,8 @@ class ActReply(_message.Message):
     bundle_digest: _builtins.str
     """sha256 of the bundle that answered, hexadecimal"""
     sequence: _builtins.int
+    is_clamped: _builtins.bool
+    """an action of the graph had to be cut to the action space"""
     @_builtins.property
     def action(self) -> Global___Tensor:
         """float32[B, A], environment units, inside the action space"""
@@ -155,6 +248,10 @@ class ActReply(_message.Message):
     def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___Score]:
         """what the bundle can warn by; empty where it was not calibrated"""
 
+    @_builtins.property
+    def explanation(self) -> Global___Explanation:
+        """where it was asked for"""
+
     def __init__(
         self,
         *,
@@ -168,14 +265,118 @@ class ActReply(_message.Message):
         margin: Global___Tensor | None = ...,
         timings: Global___ServerTimings | None = ...,
         scores: _abc.Iterable[Global___Score] | None = ...,
+        explanation: Global___Explanation | None = ...,
+        is_clamped: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "margin", b"margin", "mode", b"mode", "timings", b"timings"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "explanation", b"explanation", "margin", b"margin", "mode", b"mode", "timings", b"timings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "bundle_digest", b"bundle_digest", "margin", b"margin", "mode", b"mode", "policy", b"policy", "scores", b"scores", "sequence", b"sequence", "timings", b"timings", "variant", b"variant", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "bundle_digest", b"bundle_digest", "explanation", b"explanation", "is_clamped", b"is_clamped", "margin", b"margin", "mode", b"mode", "policy", b"policy", "scores", b"scores", "sequence", b"sequence", "timings", b"timings", "variant", b"variant", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ActReply: _TypeAlias = ActReply  # noqa: Y015
+
+@_typing.final
+class Explanation(_message.Message):
+    """What every component of the behaviour mixture would have meant."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HYPER_Q_FIELD_NUMBER: _builtins.int
+    MIXING_WEIGHTS_FIELD_NUMBER: _builtins.int
+    COMPONENT_MEANS_FIELD_NUMBER: _builtins.int
+    COMPONENT_LOG_STDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def hyper_q(self) -> Global___Tensor:
+        """float32[B, M]"""
+
+    @_builtins.property
+    def mixing_weights(self) -> Global___Tensor:
+        """float32[B, M]"""
+
+    @_builtins.property
+    def component_means(self) -> Global___Tensor:
+        """float32[B, M, A], environment units"""
+
+    @_builtins.property
+    def component_log_stds(self) -> Global___Tensor:
+        """float32[B, M, A], of actions scaled to [-1, 1]"""
+
+    def __init__(
+        self,
+        *,
+        hyper_q: Global___Tensor | None = ...,
+        mixing_weights: Global___Tensor | None = ...,
+        component_means: Global___Tensor | None = ...,
+        component_log_stds: Global___Tensor | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["component_log_stds", b"component_log_stds", "component_means", b"component_means", "hyper_q", b"hyper_q", "mixing_weights", b"mixing_weights"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["component_log_stds", b"component_log_stds", "component_means", b"component_means", "hyper_q", b"hyper_q", "mixing_weights", b"mixing_weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Explanation: _TypeAlias = Explanation  # noqa: Y015
+
+@_typing.final
+class ActStreamReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    REPLY_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """of the request that this answers"""
+    @_builtins.property
+    def reply(self) -> Global___ActReply: ...
+    @_builtins.property
+    def refusal(self) -> Global___Refusal: ...
+    def __init__(
+        self,
+        *,
+        sequence: _builtins.int = ...,
+        reply: Global___ActReply | None = ...,
+        refusal: Global___Refusal | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["refusal", b"refusal", "reply", b"reply", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["refusal", b"refusal", "reply", b"reply", "result", b"result", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["reply", "refusal"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___ActStreamReply: _TypeAlias = ActStreamReply  # noqa: Y015
+
+@_typing.final
+class Refusal(_message.Message):
+    """What the status of a unary call would have been."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_MS_FIELD_NUMBER: _builtins.int
+    code: _builtins.int
+    """gRPC status code"""
+    message: _builtins.str
+    """REASON_CODE: text"""
+    retry_after_ms: _builtins.int
+    """0: no hint"""
+    def __init__(
+        self,
+        *,
+        code: _builtins.int = ...,
+        message: _builtins.str = ...,
+        retry_after_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "message", b"message", "retry_after_ms", b"retry_after_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Refusal: _TypeAlias = Refusal  # noqa: Y015
 
 @_typing.final
 class Score(_message.Message):
@@ -188,6 +389,7 @@ class Score(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
     THRESHOLD_FIELD_NUMBER: _builtins.int
+    WARNS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"state_score": is the observation like the training data?"""
     threshold: _builtins.float
@@ -198,16 +400,21 @@ class Score(_message.Message):
         float32[B]
         """
 
+    @_builtins.property
+    def warns(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+        """per row"""
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         values: Global___Tensor | None = ...,
         threshold: _builtins.float = ...,
+        warns: _abc.Iterable[_builtins.bool] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["values", b"values"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "threshold", b"threshold", "values", b"values"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "threshold", b"threshold", "values", b"values", "warns", b"warns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -246,16 +453,20 @@ class GetPolicySpecRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     POLICY_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
     policy: _builtins.str
     """empty: the only policy of this server"""
+    version: _builtins.int
+    """0: the policy's default version"""
     def __init__(
         self,
         *,
         policy: _builtins.str = ...,
+        version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

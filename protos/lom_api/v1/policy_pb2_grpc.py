@@ -39,6 +39,11 @@ class PolicyServiceStub(object):
                 request_serializer=lom__api_dot_v1_dot_policy__pb2.ActRequest.SerializeToString,
                 response_deserializer=lom__api_dot_v1_dot_policy__pb2.ActReply.FromString,
                 _registered_method=True)
+        self.ActStream = channel.stream_stream(
+                '/lom_api.v1.PolicyService/ActStream',
+                request_serializer=lom__api_dot_v1_dot_policy__pb2.ActRequest.SerializeToString,
+                response_deserializer=lom__api_dot_v1_dot_policy__pb2.ActStreamReply.FromString,
+                _registered_method=True)
         self.GetPolicySpec = channel.unary_unary(
                 '/lom_api.v1.PolicyService/GetPolicySpec',
                 request_serializer=lom__api_dot_v1_dot_policy__pb2.GetPolicySpecRequest.SerializeToString,
@@ -51,6 +56,14 @@ class PolicyServiceServicer(object):
 
     def Act(self, request, context):
         """Answers one batch of observations with one action per row.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ActStream(self, request_iterator, context):
+        """The same for a robot's whole episode: every request is answered once, by its sequence number, in the order in which
+        answers are ready. A bad request is answered with an error and the stream goes on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -70,6 +83,11 @@ def add_PolicyServiceServicer_to_server(servicer, server):
                     servicer.Act,
                     request_deserializer=lom__api_dot_v1_dot_policy__pb2.ActRequest.FromString,
                     response_serializer=lom__api_dot_v1_dot_policy__pb2.ActReply.SerializeToString,
+            ),
+            'ActStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.ActStream,
+                    request_deserializer=lom__api_dot_v1_dot_policy__pb2.ActRequest.FromString,
+                    response_serializer=lom__api_dot_v1_dot_policy__pb2.ActStreamReply.SerializeToString,
             ),
             'GetPolicySpec': grpc.unary_unary_rpc_method_handler(
                     servicer.GetPolicySpec,
@@ -104,6 +122,33 @@ class PolicyService(object):
             '/lom_api.v1.PolicyService/Act',
             lom__api_dot_v1_dot_policy__pb2.ActRequest.SerializeToString,
             lom__api_dot_v1_dot_policy__pb2.ActReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ActStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/lom_api.v1.PolicyService/ActStream',
+            lom__api_dot_v1_dot_policy__pb2.ActRequest.SerializeToString,
+            lom__api_dot_v1_dot_policy__pb2.ActStreamReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -5,7 +5,7 @@ The wire contract between robots and the LOM policy inference server.
 
 Rules that hold for every message:
   * Arrays travel as `Tensor`: row-major, little-endian, first axis = rows (B).
-  * The gRPC deadline is the only time budget. No field carries one, and none carries a path.
+  * Time is a budget from the moment of arrival: the gRPC deadline, on a stream also `budget_ns`. No wall time, no path.
   * Errors are gRPC statuses whose message reads `REASON_CODE: what was wrong, what was expected, what was got`.
   * A field is never renumbered or reused; a reader ignores fields that it does not know.
 """
@@ -40,6 +40,10 @@ class PolicyServiceStub:
     def __new__(cls, channel: _aio.Channel) -> PolicyServiceAsyncStub: ...
     Act: _grpc.UnaryUnaryMultiCallable[_policy_pb2.ActRequest, _policy_pb2.ActReply]
     """Answers one batch of observations with one action per row."""
+    ActStream: _grpc.StreamStreamMultiCallable[_policy_pb2.ActRequest, _policy_pb2.ActStreamReply]
+    """The same for a robot's whole episode: every request is answered once, by its sequence number, in the order in which
+    answers are ready. A bad request is answered with an error and the stream goes on.
+    """
     GetPolicySpec: _grpc.UnaryUnaryMultiCallable[_policy_pb2.GetPolicySpecRequest, _policy_pb2.PolicySpec]
     """Describes a served policy: spaces, variants, identity. Cheap; asked once by a client, before its first Act."""
 
@@ -48,6 +52,10 @@ class PolicyServiceAsyncStub(PolicyServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Act: _aio.UnaryUnaryMultiCallable[_policy_pb2.ActRequest, _policy_pb2.ActReply]  # type: ignore[assignment]
     """Answers one batch of observations with one action per row."""
+    ActStream: _aio.StreamStreamMultiCallable[_policy_pb2.ActRequest, _policy_pb2.ActStreamReply]  # type: ignore[assignment]
+    """The same for a robot's whole episode: every request is answered once, by its sequence number, in the order in which
+    answers are ready. A bad request is answered with an error and the stream goes on.
+    """
     GetPolicySpec: _aio.UnaryUnaryMultiCallable[_policy_pb2.GetPolicySpecRequest, _policy_pb2.PolicySpec]  # type: ignore[assignment]
     """Describes a served policy: spaces, variants, identity. Cheap; asked once by a client, before its first Act."""
 
@@ -59,6 +67,16 @@ class PolicyServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_policy_pb2.ActReply, _abc.Awaitable[_policy_pb2.ActReply]]:
         """Answers one batch of observations with one action per row."""
+
+    @_abc_1.abstractmethod
+    def ActStream(
+        self,
+        request_iterator: _MaybeAsyncIterator[_policy_pb2.ActRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_policy_pb2.ActStreamReply], _abc.AsyncIterator[_policy_pb2.ActStreamReply]]:
+        """The same for a robot's whole episode: every request is answered once, by its sequence number, in the order in which
+        answers are ready. A bad request is answered with an error and the stream goes on.
+        """
 
     @_abc_1.abstractmethod
     def GetPolicySpec(
