@@ -14,6 +14,7 @@ Needs the standard library and numpy, nothing else: every room may read a bundle
 from lom_bundle.errors import BundleError
 from lom_bundle.golden import GoldenReport, check_golden
 from lom_bundle.manifest import (
+    EXPLAIN_SUFFIX,
     SCHEMA_VERSION,
     GoldenSpec,
     GraphSpec,
@@ -22,10 +23,11 @@ from lom_bundle.manifest import (
     VariantSpec,
     WarningSpec,
 )
-from lom_bundle.reader import Bundle, read_bundle
+from lom_bundle.reader import Bundle, read_bundle, read_manifest
 from lom_bundle.writer import write_bundle
 
 __all__ = [
+    "EXPLAIN_SUFFIX",
     "SCHEMA_VERSION",
     "Bundle",
     "BundleError",
@@ -38,5 +40,6 @@ __all__ = [
     "WarningSpec",
     "check_golden",
     "read_bundle",
+    "read_manifest",
     "write_bundle",
 ]

@@ -14,6 +14,8 @@ SCHEMA_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 GOLDEN_FILE = "golden.npz"
 CARD_FILE = "README.md"
+# A variant's second graph goes by the variant's name and this.
+EXPLAIN_SUFFIX = ".explain"
 
 _POLICY_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")

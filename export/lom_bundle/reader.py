@@ -90,6 +90,15 @@ def read_bundle(path: str | os.PathLike[str], *, trusted_keys: Sequence[bytes] =
     )
 
 
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """What the bundle at `path` says of itself. Nothing of it is verified: it is good for a label, not for a decision.
+
+    Raises:
+        BundleError: BUNDLE_INCOMPLETE, BUNDLE_UNSAFE_FILE, BAD_MANIFEST, CONTRACT_MISMATCH or MODEL_TOO_LARGE.
+    """
+    return Manifest.from_json(_read_regular_file(Path(path), MANIFEST_FILE, _MAX_MANIFEST_BYTES))
+
+
 def _read_signature(folder: Path) -> bytes | None:
     if not os.path.lexists(folder / SIGNATURE_FILE):
         return None
