@@ -2,29 +2,39 @@
 
 The rules, each proved by a test of the same number in `tests/server/test_batcher.py`:
 
-1. A batch is whatever waits when the engine is free. No timer.
+1. A batch is whatever waits when the engine is free, as far as its members' deadlines allow. No timer.
 2. A request's rows are never split; a batch never exceeds `max_batch_rows`.
-3. An entry that is cancelled or past its deadline leaves before rows are joined; its neighbours are untouched.
+3. An entry that is cancelled, past its deadline or certain to miss it leaves before rows are joined; its neighbours
+   are untouched.
 4. An engine failure fails exactly the entries of that batch, once each; the engine thread lives on.
-5. Admission is bounded, in rows: what finds the queue full, or its deadline over, is refused at once.
+5. Admission is bounded, in rows and in time: what finds no room, or cannot be answered before its deadline by the
+   order in which it would be served, is refused at once and never run.
 6. A batch that the engine answers in well under a millisecond runs inline on the event loop (a thread hand-over
    costs more than the run); a larger one runs in the one engine thread.
+7. LIVE goes before BATCH: no batch has both, BATCH runs only while no LIVE entry waits, holds at most half of the
+   queue and gives it up to LIVE.
+8. Clients take turns. The client whose turn it is chooses the lane, by its oldest entry; the batch is filled with the
+   rows of whoever has fewest in it. In a full queue everyone is entitled to an equal share, and whoever asks for no
+   more gets it from the newest entries of the client that holds most.
 
 Knows neither transport nor runtime: an `Engine` is anything that turns rows into rows.
 """
 
 import asyncio
 import functools
+import heapq
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lom_api.reasons import Reason
+from lom_server.costs import RunCost
 from lom_server.errors import PolicyError, log_incident
 
 Array: TypeAlias = NDArray[Any]
@@ -32,11 +42,22 @@ Rows: TypeAlias = Mapping[str, Array]
 
 INLINE_LIMIT_NS = 500_000
 
+_NEVER_NS = 2**63
+
+
+class Priority(IntEnum):
+    """Who goes first."""
+
+    LIVE = 0
+    """Somebody waits for the answer."""
+    BATCH = 1
+    """Shadow and bulk work, for which any time will do."""
+
 
 class Engine(Protocol):
     """What answers a batch."""
 
-    def run(self, variant: str, outputs: Sequence[str], rows: Rows) -> Rows:
+    def run(self, graph: str, outputs: Sequence[str], rows: Rows) -> Rows:
         """Answers rows by input name with rows by output name, in the same order, in memory of their own.
 
         Threads: called by one thread at a time, not always by the same one. Blocks.
@@ -46,17 +67,19 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Lane:
-    """The entries that may share a batch: one variant of one engine.
+    """The entries that may share a batch: one graph of one engine.
 
     Attributes:
         outputs: what every entry of the lane is answered with.
         inline_rows: largest batch that runs on the event loop; 0 sends every batch to the engine thread.
+        cost: what a run takes; without measurements no deadline counts as infeasible.
     """
 
     engine: Engine
-    variant: str
+    graph: str
     outputs: tuple[str, ...]
     inline_rows: int
+    cost: RunCost = field(default_factory=lambda: RunCost({}))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,11 +100,15 @@ class Answer:
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class _Entry:
+    lane: Lane
     rows: Rows
     count: int
     deadline_ns: int
+    client: str
+    priority: Priority
     admitted_ns: int
     future: asyncio.Future[Answer]
+    is_waiting: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +117,122 @@ class _Batch:
     entries: Sequence[_Entry]
     count: int
     formed_ns: int
+
+
+@dataclass(slots=True, eq=False)
+class _Line:
+    """The entries of one client for one lane, oldest first."""
+
+    # A dict as an ordered set: entries leave from the middle when their callers go.
+    entries: dict[_Entry, None] = field(default_factory=dict)
+    rows: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Client:
+    lines: dict[Lane, _Line] = field(default_factory=dict)
+    rows: int = 0
+
+    @property
+    def lane(self) -> Lane:
+        """Where its oldest entry waits."""
+        if len(self.lines) == 1:
+            return next(iter(self.lines))
+        return min(self.lines, key=lambda lane: next(iter(self.lines[lane].entries)).admitted_ns)
+
+
+class _Waiting:
+    """What waits at one priority.
+
+    Attributes:
+        rows: all of them.
+        clients: who waits, whose turn is next first.
+        lanes: rows by lane.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.clients: dict[str, _Client] = {}
+        self.lanes: dict[Lane, int] = {}
+
+    def add(self, entry: _Entry) -> None:
+        """Puts `entry` behind the others of its client; a new client behind the other clients."""
+        client = self.clients.get(entry.client)
+        if client is None:
+            client = self.clients[entry.client] = _Client()
+        line = client.lines.get(entry.lane)
+        if line is None:
+            line = client.lines[entry.lane] = _Line()
+        line.entries[entry] = None
+        line.rows += entry.count
+        client.rows += entry.count
+        self.rows += entry.count
+        self.lanes[entry.lane] = self.lanes.get(entry.lane, 0) + entry.count
+        entry.is_waiting = True
+
+    def remove(self, entry: _Entry) -> None:
+        """Forgets `entry`, and its client with its last entry."""
+        client = self.clients[entry.client]
+        line = client.lines[entry.lane]
+        del line.entries[entry]
+        line.rows -= entry.count
+        client.rows -= entry.count
+        self.rows -= entry.count
+        self.lanes[entry.lane] -= entry.count
+        if not line.rows:
+            del client.lines[entry.lane]
+        if not client.rows:
+            del self.clients[entry.client]
+        if not self.lanes[entry.lane]:
+            del self.lanes[entry.lane]
+        entry.is_waiting = False
+
+    def take(self, entries: Sequence[_Entry]) -> None:
+        """Removes `entries`, and puts those clients behind the others whose oldest entry is among them."""
+        turns_over = {entry.client: None for entry in entries if self.clients[entry.client].lane is entry.lane}
+        for entry in entries:
+            self.remove(entry)
+        for name in turns_over:
+            if name in self.clients:
+                self.clients[name] = self.clients.pop(name)
+
+    @property
+    def next_lane(self) -> Lane:
+        """The lane of the oldest entry of the client whose turn it is."""
+        return next(iter(self.clients.values())).lane
+
+    def in_lane(self, lane: Lane) -> list[_Entry]:
+        """All entries of `lane`."""
+        lines = [client.lines[lane] for client in self.clients.values() if lane in client.lines]
+        return [entry for line in lines for entry in line.entries]
+
+    def held_by(self, name: str) -> int:
+        """Rows of one client."""
+        client = self.clients.get(name)
+        return 0 if client is None else client.rows
+
+    def entries(self) -> list[_Entry]:
+        """All of them."""
+        return [entry for lane in self.lanes for entry in self.in_lane(lane)]
+
+    def newest_of_largest(self) -> _Entry:
+        """The newest entry of the client that holds most rows."""
+        largest = max(self.clients.values(), key=lambda client: client.rows)
+        newest = (next(reversed(line.entries)) for line in largest.lines.values())
+        return max(newest, key=lambda entry: entry.admitted_ns)
+
+    def rows_before(self, name: str, count: int) -> dict[Lane, int]:
+        """Rows by lane that have their turn before `count` new ones of a client: of every client as many as of it."""
+        before: dict[Lane, int] = {}
+        depth = self.held_by(name) + count
+        for client in self.clients.values():
+            left = depth
+            for lane, line in client.lines.items():
+                before[lane] = before.get(lane, 0) + min(line.rows, left)
+                left -= line.rows
+                if left <= 0:
+                    break
+        return before
 
 
 class MicroBatcher:
@@ -105,10 +248,11 @@ class MicroBatcher:
         self._max_batch_rows = max_batch_rows
         self._max_queue_rows = max_queue_rows
         self._clock_ns = clock_ns
-        # Dicts as ordered sets: entries leave from the middle when their callers go.
-        self._waiting: dict[Lane, dict[_Entry, None]] = {}
-        self._waiting_rows = 0
+        self._waiting = {priority: _Waiting() for priority in Priority}
+        # No entry that waits has an earlier deadline: until then nobody need look for those that have expired.
+        self._earliest_deadline_ns = _NEVER_NS
         self._engine_is_busy = False
+        self._engine_free_ns = 0
         self._turn_is_scheduled = False
         self._is_closed = False
         self._last_inference_ns = 0
@@ -117,16 +261,20 @@ class MicroBatcher:
     @property
     def waiting_rows(self) -> int:
         """Rows admitted and not yet in a batch."""
-        return self._waiting_rows
+        return self._waiting[Priority.LIVE].rows + self._waiting[Priority.BATCH].rows
 
-    async def submit(self, lane: Lane, rows: Rows, deadline_ns: int) -> Answer:
+    async def submit(
+        self, lane: Lane, rows: Rows, deadline_ns: int, *, client: str = "", priority: Priority = Priority.LIVE
+    ) -> Answer:
         """Answers `rows`, in whatever company.
 
         Args:
             rows: by input name, all with the same first axis of 1 to `max_batch_rows`; not changed, not kept.
+            client: who takes turns with the others.
 
         Raises:
-            PolicyError: BATCH_TOO_LARGE, QUEUE_FULL, DEADLINE_EXCEEDED or DRAINING; or what the engine raised.
+            PolicyError: BATCH_TOO_LARGE, QUEUE_FULL, DEADLINE_INFEASIBLE, DEADLINE_EXCEEDED or DRAINING; or what the
+                engine raised.
         """
         if self._is_closed:
             raise _closed()
@@ -136,40 +284,100 @@ class MicroBatcher:
             raise PolicyError(Reason.BATCH_TOO_LARGE, f"expected at most {self._max_batch_rows} rows, got {count}")
         if deadline_ns <= now_ns:
             raise PolicyError(Reason.DEADLINE_EXCEEDED, "the deadline was over on arrival")
-        if self._waiting_rows + count > self._max_queue_rows:
-            retry_after_ms = max(1, self._last_inference_ns // 1_000_000)
-            raise PolicyError(
-                Reason.QUEUE_FULL,
-                f"expected at most {self._max_queue_rows} waiting rows, "
-                f"got {count} more than {self._waiting_rows}; retry_after_ms {retry_after_ms}",
-            )
+        self._check_room(client, priority, count)
+        self._check_time(lane, client, priority, count, deadline_ns, now_ns)
+        self._make_room(priority, count)
         entry = _Entry(
+            lane=lane,
             rows=rows,
             count=count,
             deadline_ns=deadline_ns,
+            client=client,
+            priority=priority,
             admitted_ns=now_ns,
             future=asyncio.get_running_loop().create_future(),
         )
-        queue = self._waiting.setdefault(lane, {})
-        queue[entry] = None
-        self._waiting_rows += count
+        self._waiting[priority].add(entry)
+        self._earliest_deadline_ns = min(self._earliest_deadline_ns, deadline_ns)
         self._schedule_turn()
         try:
             return await entry.future
         except asyncio.CancelledError:
-            if entry in queue:
-                self._leave(queue, entry)
+            if entry.is_waiting:
+                self._waiting[priority].remove(entry)
             raise
 
     def close(self) -> None:
         """Refuses whatever waits or comes later with DRAINING, and lets the engine thread end after its run."""
         self._is_closed = True
-        for queue in self._waiting.values():
-            for entry in tuple(queue):
-                self._leave(queue, entry)
-                if not entry.future.done():
-                    entry.future.set_exception(_closed())
+        for waiting in self._waiting.values():
+            for entry in waiting.entries():
+                self._dismiss(entry, _closed())
         self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _room(self, priority: Priority) -> int:
+        """Rows that may wait at `priority`."""
+        if priority is Priority.LIVE:
+            return self._max_queue_rows
+        return min(self._max_queue_rows // 2, self._max_queue_rows - self._waiting[Priority.LIVE].rows)
+
+    def _check_room(self, client: str, priority: Priority, count: int) -> None:
+        waiting, room = self._waiting[priority], self._room(priority)
+        if waiting.rows + count <= room:
+            return
+        clients = len(waiting.clients) + (client not in waiting.clients)
+        if waiting.held_by(client) + count > room // clients:
+            raise self._queue_full(f"expected at most {room} waiting rows, got {count} more than {waiting.rows}")
+
+    def _make_room(self, priority: Priority, count: int) -> None:
+        """Dismisses what is in the way of an entry that `_check_room` let pass."""
+        waiting, shadow = self._waiting[priority], self._waiting[Priority.BATCH]
+        while waiting.rows + count > self._room(priority) or self.waiting_rows + count > self._max_queue_rows:
+            newest = (shadow if shadow.rows else waiting).newest_of_largest()
+            self._dismiss(newest, self._queue_full("its place in the queue went to a caller with a better claim"))
+
+    def _queue_full(self, detail: str) -> PolicyError:
+        return PolicyError(Reason.QUEUE_FULL, detail, retry_after_ms=max(1, self._last_inference_ns // 1_000_000))
+
+    def _check_time(
+        self, lane: Lane, client: str, priority: Priority, count: int, deadline_ns: int, now_ns: int
+    ) -> None:
+        waiting = self._waiting[priority]
+        end_ns = self._end_ns(lane, priority, count, waiting.lanes, now_ns)
+        if end_ns > deadline_ns and waiting.rows:  # behind all that waits it would be late: behind whom will it be?
+            end_ns = self._end_ns(lane, priority, count, waiting.rows_before(client, count), now_ns)
+        if end_ns > deadline_ns:
+            raise PolicyError(
+                Reason.DEADLINE_INFEASIBLE,
+                f"expected {(end_ns - now_ns) / 1e6:.1f} ms or more until the deadline, "
+                f"got {(deadline_ns - now_ns) / 1e6:.1f}",
+                retry_after_ms=max(1, (end_ns - deadline_ns) // 1_000_000),
+            )
+
+    def _end_ns(self, lane: Lane, priority: Priority, count: int, before: Mapping[Lane, int], now_ns: int) -> int:
+        """When the last of `count` rows would be answered, with the rows `before` them, by lane, at their priority."""
+        end_ns = max(now_ns, self._engine_free_ns)
+        if priority is Priority.BATCH:
+            for other, rows in self._waiting[Priority.LIVE].lanes.items():
+                end_ns += self._runs_ns(other, rows, now_ns)
+        for other, rows in before.items():
+            if other is not lane:
+                # A run that goes first takes along whatever else waits in its lane.
+                filled = -(-rows // self._max_batch_rows) * self._max_batch_rows
+                end_ns += self._runs_ns(other, min(filled, self._waiting[priority].lanes[other]), now_ns)
+        rows = before.get(lane, 0) + count
+        # Where a whole batch goes first, others will have come by its turn and fill its own.
+        if rows > self._max_batch_rows:
+            rows = -(-rows // self._max_batch_rows) * self._max_batch_rows
+        return end_ns + self._runs_ns(lane, rows, now_ns)
+
+    def _runs_ns(self, lane: Lane, rows: int, now_ns: int) -> int:
+        """What it takes to run `rows`, in as few runs as possible."""
+        full_runs, rest = divmod(rows, self._max_batch_rows)
+        run_ns = lane.cost.estimate_ns(rest, now_ns) if rest else 0
+        if full_runs:
+            run_ns += full_runs * lane.cost.estimate_ns(self._max_batch_rows, now_ns)
+        return run_ns
 
     def _schedule_turn(self) -> None:
         # One turn of the event loop later, so that everything the same poll of the sockets brought shares a batch.
@@ -186,11 +394,13 @@ class MicroBatcher:
             self._settle(batch, *self._run(batch))
         else:
             self._engine_is_busy = True
+            self._engine_free_ns = batch.formed_ns + batch.lane.cost.estimate_ns(batch.count, batch.formed_ns)
             run = asyncio.get_running_loop().run_in_executor(self._thread, self._run, batch)
             run.add_done_callback(functools.partial(self._end_thread_run, batch))
 
     def _end_thread_run(self, batch: _Batch, run: "asyncio.Future[tuple[Rows | PolicyError, int]]") -> None:
         self._engine_is_busy = False
+        self._engine_free_ns = 0
         if run.cancelled():
             self._settle(batch, _closed(), 0)
         else:
@@ -201,7 +411,7 @@ class MicroBatcher:
         start_ns = self._clock_ns()
         result: Rows | PolicyError
         try:
-            result = batch.lane.engine.run(batch.lane.variant, batch.lane.outputs, _joined(batch.entries))
+            result = batch.lane.engine.run(batch.lane.graph, batch.lane.outputs, _joined(batch.entries))
             if any(len(result[name]) != batch.count for name in batch.lane.outputs):
                 raise PolicyError(Reason.BAD_MODEL_OUTPUT, f"expected {batch.count} rows of every output")
         except PolicyError as error:
@@ -212,39 +422,118 @@ class MicroBatcher:
         return result, self._clock_ns() - start_ns
 
     def _form_batch(self) -> _Batch | None:
-        """Takes the lane whose first entry has waited longest, as many of its entries as fit, in order."""
+        """Takes what is to run next from what waits; None where nothing does."""
         now_ns = self._clock_ns()
-        for queue in self._waiting.values():
-            for entry in tuple(queue):
-                if entry.future.done():  # cancelled, and its caller has not run since
-                    self._leave(queue, entry)
-                elif entry.deadline_ns <= now_ns:
-                    self._leave(queue, entry)
-                    entry.future.set_exception(
-                        PolicyError(Reason.DEADLINE_EXCEEDED, "the deadline passed before the engine was free")
-                    )
-        lanes = [lane for lane, queue in self._waiting.items() if queue]
-        if not lanes:
-            return None
-        lane = min(lanes, key=lambda lane: next(iter(self._waiting[lane])).admitted_ns)
-        queue = self._waiting[lane]
-        entries: list[_Entry] = []
-        count = 0
-        for entry in queue:
-            if count + entry.count > self._max_batch_rows:
-                break
-            entries.append(entry)
-            count += entry.count
-        for entry in entries:
-            self._leave(queue, entry)
-        return _Batch(lane=lane, entries=entries, count=count, formed_ns=now_ns)
+        if now_ns >= self._earliest_deadline_ns:
+            self._dismiss_expired(now_ns)
+        for waiting in self._waiting.values():
+            while waiting.rows:
+                lane = waiting.next_lane
+                entries = self._chosen(waiting, lane, now_ns)
+                if entries:
+                    waiting.take(entries)
+                    return _Batch(lane=lane, entries=entries, count=_rows_of(entries), formed_ns=now_ns)
+        return None
 
-    def _leave(self, queue: dict[_Entry, None], entry: _Entry) -> None:
-        del queue[entry]
-        self._waiting_rows -= entry.count
+    def _chosen(self, waiting: _Waiting, lane: Lane, now_ns: int) -> list[_Entry]:
+        """The entries of `lane` to run next; dismisses those whom it is too late for."""
+        entries, is_cut_short = self._filled(waiting, lane, now_ns)
+        if not is_cut_short or self._can_wait(waiting, lane, entries, now_ns):
+            return entries
+        # There is no time for everybody. Batches kept small for the nearest deadlines leave others behind whose
+        # deadlines are the nearest then: they would become ever smaller. So the nearest are given up, as many as it
+        # takes for a batch of all others to be on time, unless that would be the smaller batch.
+        rows = waiting.lanes[lane]
+        bar_ns = self._run_end_ns(lane, rows, now_ns)
+        near = [entry for entry in waiting.in_lane(lane) if entry.deadline_ns < bar_ns]
+        for entry in sorted(near, key=lambda entry: entry.deadline_ns):
+            if self._run_end_ns(lane, rows, now_ns) <= entry.deadline_ns:
+                bar_ns = entry.deadline_ns
+                break
+            rows -= entry.count
+        fuller, _ = self._filled(waiting, lane, now_ns, bar_ns)
+        if _rows_of(fuller) <= _rows_of(entries):
+            return entries
+        for entry in near:
+            if entry.deadline_ns < bar_ns:
+                self._dismiss(entry, _no_time_left())
+        return fuller
+
+    def _filled(
+        self, waiting: _Waiting, lane: Lane, now_ns: int, least_deadline_ns: int = 0
+    ) -> tuple[list[_Entry], bool]:
+        """A batch in which everybody is on time; and whether there was room for more, but not the time."""
+        # Hardly a deadline is so near that it matters how large the batch is.
+        full_end_ns = self._run_end_ns(lane, waiting.lanes[lane], now_ns)
+        is_cut_short = False
+        entries: list[_Entry] = []
+        gone: list[_Entry] = []
+        count, deadline_ns = 0, _NEVER_NS
+        # (rows in the batch, place, line) of every client of the lane: in order of place, hence a heap already.
+        turns = [
+            (0, place, iter(client.lines[lane].entries))
+            for place, client in enumerate(waiting.clients.values())
+            if lane in client.lines
+        ]
+        while turns and count < self._max_batch_rows:
+            taken, place, line = turns[0]
+            entry = next(line, None)
+            if entry is None:
+                heapq.heappop(turns)
+                continue
+            if entry.deadline_ns < least_deadline_ns:
+                continue
+            is_near = entry.deadline_ns < full_end_ns
+            if entry.future.done() or (is_near and entry.deadline_ns < self._run_end_ns(lane, entry.count, now_ns)):
+                gone.append(entry)
+                continue
+            joint_count, joint_deadline_ns = count + entry.count, min(deadline_ns, entry.deadline_ns)
+            is_late = joint_deadline_ns < full_end_ns and (
+                joint_deadline_ns < self._run_end_ns(lane, joint_count, now_ns)
+            )
+            if is_late or joint_count > self._max_batch_rows:
+                is_cut_short |= is_late
+                heapq.heappop(turns)
+                continue
+            entries.append(entry)
+            count, deadline_ns = joint_count, joint_deadline_ns
+            heapq.heapreplace(turns, (taken + entry.count, place, line))
+        for entry in gone:
+            self._dismiss(entry, _no_time_left())
+        return entries, is_cut_short
+
+    def _can_wait(self, waiting: _Waiting, lane: Lane, entries: Sequence[_Entry], now_ns: int) -> bool:
+        """Whether all others of the lane are on time with the run after that of `entries`."""
+        others = set(waiting.in_lane(lane)).difference(entries)
+        rows = _rows_of(others)
+        end_ns = self._run_end_ns(lane, _rows_of(entries), now_ns) + lane.cost.estimate_ns(rows, now_ns)
+        return rows <= self._max_batch_rows and all(end_ns <= entry.deadline_ns for entry in others)
+
+    def _run_end_ns(self, lane: Lane, rows: int, now_ns: int) -> int:
+        """When a run over `rows`, or as many of them as a batch may have, would end if it started now."""
+        return now_ns + lane.cost.estimate_ns(min(rows, self._max_batch_rows), now_ns)
+
+    def _dismiss_expired(self, now_ns: int) -> None:
+        self._earliest_deadline_ns = _NEVER_NS
+        for waiting in self._waiting.values():
+            for entry in waiting.entries():
+                if entry.deadline_ns <= now_ns:
+                    self._dismiss(entry, PolicyError(Reason.DEADLINE_EXCEEDED, "the deadline passed before its turn"))
+                else:
+                    self._earliest_deadline_ns = min(self._earliest_deadline_ns, entry.deadline_ns)
+
+    def _dismiss(self, entry: _Entry, error: PolicyError) -> None:
+        """Answers an entry that waits with `error`."""
+        self._waiting[entry.priority].remove(entry)
+        if not entry.future.done():
+            entry.future.set_exception(error)
 
     def _settle(self, batch: _Batch, result: Rows | PolicyError, inference_ns: int) -> None:
         self._last_inference_ns = inference_ns
+        if not isinstance(result, PolicyError):
+            now_ns = self._clock_ns()
+            # All of it, not the engine's part alone: hand-overs and a busy event loop keep callers waiting too.
+            batch.lane.cost.observe(batch.count, now_ns - batch.formed_ns, now_ns)
         first = 0
         for entry in batch.entries:
             rows = slice(first, first + entry.count)
@@ -263,27 +552,36 @@ class MicroBatcher:
                     batch_rows=batch.count,
                 )
             )
-        if self._waiting_rows:
+        if self.waiting_rows:
             self._schedule_turn()
 
 
-def rows_worth_inlining(run_ns: Callable[[int], int], max_batch_rows: int) -> int:
-    """The largest power of two of rows that `run_ns` (rows -> nanoseconds) still answers within `INLINE_LIMIT_NS`.
+def rows_worth_inlining(measured_ns: Mapping[int, int], max_batch_rows: int) -> int:
+    """The largest measured size that, like every smaller one, is answered within `INLINE_LIMIT_NS`; 0 without one.
 
-    0 where even one row takes longer. Asks for sizes in rising order and stops at the first that is too slow.
+    Args:
+        measured_ns: nanoseconds of a run by rows; where all of them are short, so is one of `max_batch_rows`.
     """
     inline_rows = 0
-    rows = 1
-    while rows <= max_batch_rows and run_ns(rows) <= INLINE_LIMIT_NS:
+    for rows, run_ns in sorted(measured_ns.items()):
+        if run_ns > INLINE_LIMIT_NS:
+            return inline_rows
         inline_rows = rows
-        rows *= 2
-    return max_batch_rows if rows > max_batch_rows else inline_rows
+    return max_batch_rows if measured_ns else 0
 
 
 def _joined(entries: Sequence[_Entry]) -> Rows:
     if len(entries) == 1:
         return entries[0].rows
     return {name: np.concatenate([entry.rows[name] for entry in entries]) for name in entries[0].rows}
+
+
+def _rows_of(entries: Iterable[_Entry]) -> int:
+    return sum(entry.count for entry in entries)
+
+
+def _no_time_left() -> PolicyError:
+    return PolicyError(Reason.DEADLINE_EXCEEDED, "no time was left for a run")
 
 
 def _closed() -> PolicyError:

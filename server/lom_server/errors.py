@@ -16,12 +16,14 @@ class PolicyError(Exception):
     Attributes:
         reason: code of the closed vocabulary that travels on the wire.
         detail: the sentence after it; holds no path, no class name and no text of a library.
+        retry_after_ms: when the same request may find the server free; None where that is not the point.
     """
 
-    def __init__(self, reason: Reason, detail: str) -> None:
+    def __init__(self, reason: Reason, detail: str, *, retry_after_ms: int | None = None) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+        self.retry_after_ms = retry_after_ms
 
 
 class StartError(Exception):

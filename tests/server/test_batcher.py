@@ -1,22 +1,27 @@
-"""The rules at the top of `lom_server.batcher`, one section for each."""
+"""The rules at the top of `lom_server.batcher`, one section for each; then all of them under load, in virtual time."""
 
 import asyncio
+import random
+import selectors
 import threading
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, TypeVarTuple, Unpack
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lom_api.reasons import Reason
-from lom_server.batcher import INLINE_LIMIT_NS, Answer, Lane, MicroBatcher, Rows, rows_worth_inlining
+from lom_server.batcher import INLINE_LIMIT_NS, Answer, Lane, MicroBatcher, Priority, Rows, rows_worth_inlining
+from lom_server.costs import RunCost
 from lom_server.errors import PolicyError
 from tests.support.engines import BurningEngine
 
 FAR_NS = 2**62
+MS = 1_000_000
 PATIENCE_S = 20.0
 
 
@@ -49,11 +54,17 @@ async def batcher(clock: ManualClock, engine: BurningEngine) -> AsyncIterator[Mi
 
 
 def inline_lane(engine: BurningEngine) -> Lane:
-    return Lane(engine=engine, variant="actor", outputs=("action",), inline_rows=8)
+    return Lane(engine=engine, graph="actor", outputs=("action",), inline_rows=8)
 
 
 def thread_lane(engine: BurningEngine) -> Lane:
-    return Lane(engine=engine, variant="actor", outputs=("action",), inline_rows=0)
+    return Lane(engine=engine, graph="actor", outputs=("action",), inline_rows=0)
+
+
+def costly_lane(engine: BurningEngine, cost_ms: Mapping[int, float], graph: str = "actor") -> Lane:
+    """A lane in the engine thread whose runs are known to take so long."""
+    cost = RunCost({rows: int(ms * MS) for rows, ms in cost_ms.items()})
+    return Lane(engine=engine, graph=graph, outputs=("action",), inline_rows=0, cost=cost)
 
 
 def rows_of(value: float, count: int = 1) -> Rows:
@@ -61,9 +72,28 @@ def rows_of(value: float, count: int = 1) -> Rows:
 
 
 def submitted(
-    batcher: MicroBatcher, lane: Lane, value: float, count: int = 1, deadline_ns: int = FAR_NS
+    batcher: MicroBatcher,
+    lane: Lane,
+    value: float,
+    count: int = 1,
+    deadline_ns: int = FAR_NS,
+    *,
+    client: str = "",
+    priority: Priority = Priority.LIVE,
 ) -> "asyncio.Task[Answer]":
-    return asyncio.create_task(batcher.submit(lane, rows_of(value, count), deadline_ns))
+    return asyncio.create_task(
+        batcher.submit(lane, rows_of(value, count), deadline_ns, client=client, priority=priority)
+    )
+
+
+async def refusal_of(task: "asyncio.Task[Answer]") -> PolicyError:
+    with pytest.raises(PolicyError) as refusal:
+        await asyncio.wait_for(task, PATIENCE_S)
+    return refusal.value
+
+
+async def all_wait(batcher: MicroBatcher, rows: int) -> None:
+    await until(lambda: batcher.waiting_rows == rows, f"{rows} rows to wait")
 
 
 async def until(condition: Callable[[], bool], what: str) -> None:
@@ -77,11 +107,11 @@ async def until(condition: Callable[[], bool], what: str) -> None:
         raise AssertionError(f"waited in vain: {what}") from None
 
 
-async def occupy(batcher: MicroBatcher, engine: BurningEngine) -> "asyncio.Task[Answer]":
+async def occupy(batcher: MicroBatcher, engine: BurningEngine, lane: Lane | None = None) -> "asyncio.Task[Answer]":
     """Keeps the engine thread busy until `engine.gate` is set."""
     engine.gate.clear()
     runs = len(engine.batches)
-    task = submitted(batcher, thread_lane(engine), -1.0)
+    task = submitted(batcher, lane or thread_lane(engine), -1.0)
     await until(lambda: len(engine.batches) == runs + 1, "the engine thread to start")
     return task
 
@@ -90,7 +120,12 @@ def batch_sizes(engine: BurningEngine) -> list[int]:
     return [len(batch) for batch in engine.batches]
 
 
-# Rule 1: a batch is whatever waits when the engine is free.
+def later_batches(engine: BurningEngine) -> list[list[float]]:
+    """The values of every batch after the first, by which `occupy` holds the engine."""
+    return [batch[:, 0].tolist() for batch in engine.batches[1:]]
+
+
+# Rule 1: a batch is whatever waits when the engine is free, as far as deadlines allow.
 
 
 async def test_rule_1_whatever_waits_becomes_one_batch(batcher: MicroBatcher, engine: BurningEngine) -> None:
@@ -148,6 +183,48 @@ async def test_reports_queue_and_inference_time(
     assert (await busy).queue_ns == 0
 
 
+async def test_rule_1_a_near_deadline_goes_first_where_the_others_can_wait(
+    batcher: MicroBatcher, engine: BurningEngine, clock: ManualClock
+) -> None:
+    busy = await occupy(batcher, engine)
+    lane = costly_lane(engine, {1: 10, 8: 80})
+    near = submitted(batcher, lane, 1, deadline_ns=clock.now_ns + 30 * MS)
+    patient = submitted(batcher, lane, 2, 4, deadline_ns=clock.now_ns + 50 * MS)
+    await all_wait(batcher, 5)
+    engine.gate.set()
+    await asyncio.gather(busy, near, patient)
+    assert later_batches(engine) == [[1], [2] * 4]  # 50 ms together, too much for the first; 10 and then 40 are not
+
+
+async def test_rule_1_a_near_deadline_does_not_keep_batches_small_where_too_much_waits(
+    batcher: MicroBatcher, engine: BurningEngine, clock: ManualClock
+) -> None:
+    busy = await occupy(batcher, engine)
+    lane = costly_lane(engine, {1: 10, 8: 80})
+    near = submitted(batcher, lane, 1, deadline_ns=clock.now_ns + 25 * MS)
+    many = submitted(batcher, lane, 2, 4, deadline_ns=clock.now_ns + 60 * MS)
+    await all_wait(batcher, 5)
+    clock.now_ns += 12 * MS
+    engine.gate.set()
+    assert (await refusal_of(near)).reason is Reason.DEADLINE_EXCEEDED  # 10 ms first would make four rows late by two
+    await asyncio.gather(busy, many)
+    assert later_batches(engine) == [[2] * 4]
+
+
+async def test_rule_1_many_near_deadlines_go_before_a_few_far_ones(
+    batcher: MicroBatcher, engine: BurningEngine, clock: ManualClock
+) -> None:
+    busy = await occupy(batcher, engine)
+    lane = costly_lane(engine, {1: 10, 8: 80})
+    many = submitted(batcher, lane, 1, 4, deadline_ns=clock.now_ns + 50 * MS)
+    few = submitted(batcher, lane, 2, deadline_ns=clock.now_ns + 52 * MS)
+    await all_wait(batcher, 5)
+    clock.now_ns += 5 * MS
+    engine.gate.set()
+    await asyncio.gather(busy, many, few)
+    assert later_batches(engine) == [[1] * 4, [2]]
+
+
 # Rule 2: a request's rows are never split; a batch never exceeds max_batch_rows.
 
 
@@ -168,7 +245,7 @@ async def test_rule_2_a_request_that_no_batch_can_hold_is_refused(batcher: Micro
     assert not engine.batches
 
 
-# Rule 3: a cancelled or expired entry leaves before rows are joined.
+# Rule 3: an entry that is cancelled, expired or certain to be late leaves before rows are joined.
 
 
 async def test_rule_3_a_cancelled_neighbour_leaves(batcher: MicroBatcher, engine: BurningEngine) -> None:
@@ -223,6 +300,39 @@ async def test_rule_3_an_expired_entry_is_never_run(
     assert engine.batches[1][:, 0].tolist() == [2]
 
 
+async def test_rule_3_an_entry_that_is_certain_to_be_late_is_never_run(
+    batcher: MicroBatcher, engine: BurningEngine, clock: ManualClock
+) -> None:
+    busy = await occupy(batcher, engine)
+    lane = costly_lane(engine, {1: 10, 8: 10})
+    late = submitted(batcher, lane, 1, deadline_ns=clock.now_ns + 15 * MS)
+    kept = submitted(batcher, lane, 2, deadline_ns=clock.now_ns + 16 * MS)
+    await all_wait(batcher, 2)
+    clock.now_ns += 6 * MS
+    engine.gate.set()
+    assert (await refusal_of(late)).reason is Reason.DEADLINE_EXCEEDED
+    np.testing.assert_array_equal((await kept).rows["action"], [[4, 4, 4]])
+    await busy
+    assert later_batches(engine) == [[2]]
+
+
+async def test_rule_3_whoever_waits_behind_others_for_ever_expires_all_the_same(
+    batcher: MicroBatcher, engine: BurningEngine, clock: ManualClock
+) -> None:
+    busy = await occupy(batcher, engine)
+    lane = thread_lane(engine)
+    expiring = submitted(batcher, lane, 1, deadline_ns=clock.now_ns + 10, priority=Priority.BATCH)
+    first = submitted(batcher, lane, 2)
+    await all_wait(batcher, 2)
+    clock.now_ns += 10
+    expiring.add_done_callback(lambda _: engine.gate.clear())
+    engine.gate.set()
+    assert (await refusal_of(expiring)).reason is Reason.DEADLINE_EXCEEDED
+    assert not first.done()
+    engine.gate.set()
+    await asyncio.gather(busy, first)
+
+
 # Rule 4: an engine failure fails exactly the entries of its batch; the engine thread lives on.
 
 
@@ -254,17 +364,17 @@ async def test_rule_4_a_domain_error_keeps_its_reason(batcher: MicroBatcher, eng
 
 async def test_rule_4_missing_rows_reach_nobody(batcher: MicroBatcher) -> None:
     class ForgetfulEngine:
-        def run(self, variant: str, outputs: Any, rows: Rows) -> Rows:
+        def run(self, graph: str, outputs: Any, rows: Rows) -> Rows:
             return {"action": rows["observation"][1:]}
 
-    lane = Lane(engine=ForgetfulEngine(), variant="actor", outputs=("action",), inline_rows=8)
+    lane = Lane(engine=ForgetfulEngine(), graph="actor", outputs=("action",), inline_rows=8)
     outcomes = await asyncio.gather(
         *(batcher.submit(lane, rows_of(value), FAR_NS) for value in (1, 2)), return_exceptions=True
     )
     assert [getattr(outcome, "reason", None) for outcome in outcomes] == [Reason.BAD_MODEL_OUTPUT] * 2
 
 
-# Rule 5: admission is bounded.
+# Rule 5: admission is bounded, in rows and in time.
 
 
 async def test_rule_5_a_full_queue_refuses_at_once_and_recovers(batcher: MicroBatcher, engine: BurningEngine) -> None:
@@ -275,7 +385,7 @@ async def test_rule_5_a_full_queue_refuses_at_once_and_recovers(batcher: MicroBa
     with pytest.raises(PolicyError) as refusal:
         await batcher.submit(lane, rows_of(3), FAR_NS)
     assert refusal.value.reason is Reason.QUEUE_FULL
-    assert "retry_after_ms " in refusal.value.detail
+    assert refusal.value.retry_after_ms == 1
     assert len(engine.batches) == 1  # refused while the engine was busy: nobody waited for it
     waiting[0].cancel()
     await until(lambda: batcher.waiting_rows == 8, "a cancelled entry to give its room back")
@@ -298,11 +408,105 @@ async def test_rule_5_over_on_arrival_is_refused_at_once(
     assert len(engine.batches) == 1
 
 
+async def test_rule_5_a_run_that_takes_longer_than_the_deadline_is_refused(
+    batcher: MicroBatcher, engine: BurningEngine, clock: ManualClock
+) -> None:
+    lane = costly_lane(engine, {1: 10})
+    refusal = await refusal_of(submitted(batcher, lane, 1, deadline_ns=clock.now_ns + 7 * MS))
+    assert refusal.reason is Reason.DEADLINE_INFEASIBLE
+    assert refusal.detail == "expected 10.0 ms or more until the deadline, got 7.0"
+    assert refusal.retry_after_ms == 3
+    assert not engine.batches
+    np.testing.assert_array_equal(
+        (await submitted(batcher, lane, 1, deadline_ns=clock.now_ns + 10 * MS)).rows["action"], [[2, 2, 2]]
+    )
+
+
+async def test_rule_5_the_rest_of_the_run_under_way_counts(
+    batcher: MicroBatcher, engine: BurningEngine, clock: ManualClock
+) -> None:
+    lane = costly_lane(engine, {1: 10, 8: 10})
+    busy = await occupy(batcher, engine, costly_lane(engine, {1: 10}))
+    refusal = await refusal_of(submitted(batcher, lane, 1, deadline_ns=clock.now_ns + 15 * MS))
+    assert (refusal.reason, refusal.retry_after_ms) == (Reason.DEADLINE_INFEASIBLE, 5)
+    assert not busy.done()
+    clock.now_ns += 6 * MS
+    admitted = submitted(batcher, lane, 1, deadline_ns=clock.now_ns + 14 * MS)
+    await all_wait(batcher, 1)
+    engine.gate.set()
+    await asyncio.gather(busy, admitted)
+
+
+async def test_rule_5_what_would_be_served_before_counts_and_nothing_else(
+    batcher: MicroBatcher, engine: BurningEngine, clock: ManualClock
+) -> None:
+    lane = costly_lane(engine, {1: 10, 8: 10})
+    busy = await occupy(batcher, engine, costly_lane(engine, {1: 10}))
+    waiting = [submitted(batcher, lane, 1, 4, client="many") for _ in range(2)]
+    await all_wait(batcher, 8)
+
+    def in_time(client: str, ms: int) -> "asyncio.Task[Answer]":
+        return submitted(batcher, lane, 2, deadline_ns=clock.now_ns + ms * MS, client=client)
+
+    assert (await refusal_of(in_time("many", 29))).reason is Reason.DEADLINE_INFEASIBLE  # 10 + 10 + its own 10
+    assert (await refusal_of(in_time("one", 19))).reason is Reason.DEADLINE_INFEASIBLE
+    admitted = [in_time("many", 30), in_time("one", 20)]  # whose turn is the second: in the next batch
+    await all_wait(batcher, 10)
+    engine.gate.set()
+    await asyncio.gather(busy, *waiting, *admitted)
+    assert later_batches(engine) == [[1] * 4 + [2], [1] * 4 + [2]]
+
+
+async def test_rule_5_a_client_in_many_lanes_has_one_turn_before_another(
+    batcher: MicroBatcher, engine: BurningEngine, clock: ManualClock
+) -> None:
+    lane = costly_lane(engine, {1: 10, 8: 10})
+    busy = await occupy(batcher, engine, costly_lane(engine, {1: 10}))
+    others = [costly_lane(engine, {1: 5, 8: 5}) for _ in range(3)]
+    waiting = [submitted(batcher, other, 1, 4, client="many") for other in others]
+    await all_wait(batcher, 12)
+
+    def in_time(client: str, ms: int) -> "asyncio.Task[Answer]":
+        return submitted(batcher, lane, 2, deadline_ns=clock.now_ns + ms * MS, client=client)
+
+    assert (await refusal_of(in_time("many", 34))).reason is Reason.DEADLINE_INFEASIBLE  # 10 + 3 x 5 + 10
+    assert (await refusal_of(in_time("one", 24))).reason is Reason.DEADLINE_INFEASIBLE  # 10 + 5 + 10
+    admitted = in_time("one", 25)
+    await all_wait(batcher, 13)
+    engine.gate.set()
+    await asyncio.gather(busy, *waiting, admitted)
+    assert later_batches(engine) == [[1] * 4, [2], [1] * 4, [1] * 4]
+
+
+async def test_rule_5_an_idle_server_does_not_refuse_for_ever(
+    batcher: MicroBatcher, engine: BurningEngine, clock: ManualClock
+) -> None:
+    lane = costly_lane(engine, {1: 10})
+    for _ in range(3):
+        refusal = await refusal_of(submitted(batcher, lane, 1, deadline_ns=clock.now_ns + 4 * MS))
+        assert refusal.reason is Reason.DEADLINE_INFEASIBLE
+    clock.now_ns += 1000 * MS
+    await submitted(batcher, lane, 1, deadline_ns=clock.now_ns + 4 * MS)
+
+
+async def test_rule_5_nobody_is_evicted_for_a_request_that_is_refused(
+    batcher: MicroBatcher, engine: BurningEngine, clock: ManualClock
+) -> None:
+    lane = costly_lane(engine, {1: 10, 8: 10})
+    busy = await occupy(batcher, engine)
+    waiting = [submitted(batcher, lane, 1, client="many") for _ in range(16)]
+    await all_wait(batcher, 16)
+    refusal = await refusal_of(submitted(batcher, lane, 2, deadline_ns=clock.now_ns + 9 * MS, client="one"))
+    assert refusal.reason is Reason.DEADLINE_INFEASIBLE
+    engine.gate.set()
+    await asyncio.gather(busy, *waiting)
+
+
 # Rule 6: short batches run inline, longer ones in the one engine thread.
 
 
 async def test_rule_6_the_size_of_the_batch_decides(batcher: MicroBatcher, engine: BurningEngine) -> None:
-    lane = Lane(engine=engine, variant="actor", outputs=("action",), inline_rows=2)
+    lane = Lane(engine=engine, graph="actor", outputs=("action",), inline_rows=2)
     for count in (2, 3, 1, 8):
         await batcher.submit(lane, rows_of(1, count), FAR_NS)
     here = threading.current_thread().name
@@ -310,11 +514,159 @@ async def test_rule_6_the_size_of_the_batch_decides(batcher: MicroBatcher, engin
 
 
 @pytest.mark.parametrize(
-    ("ns_per_row", "inline_rows"),
-    [(INLINE_LIMIT_NS + 1, 0), (INLINE_LIMIT_NS, 1), (INLINE_LIMIT_NS // 5, 4), (1, 100)],
+    ("measured_ns", "inline_rows"),
+    [
+        ({1: INLINE_LIMIT_NS + 1, 2: 1}, 0),
+        ({1: INLINE_LIMIT_NS, 2: 2 * INLINE_LIMIT_NS}, 1),
+        ({4: INLINE_LIMIT_NS, 8: INLINE_LIMIT_NS + 1, 1: 3, 2: 2}, 4),
+        ({1: 1, 2: 2}, 100),
+        ({}, 0),
+    ],
 )
-def test_rule_6_the_measurement_decides(ns_per_row: int, inline_rows: int) -> None:
-    assert rows_worth_inlining(lambda rows: rows * ns_per_row, 100) == inline_rows
+def test_rule_6_the_measurement_decides(measured_ns: dict[int, int], inline_rows: int) -> None:
+    assert rows_worth_inlining(measured_ns, 100) == inline_rows
+
+
+# Rule 7: LIVE goes before BATCH.
+
+
+async def test_rule_7_live_goes_first_and_in_batches_of_its_own(batcher: MicroBatcher, engine: BurningEngine) -> None:
+    busy = await occupy(batcher, engine)
+    lane = thread_lane(engine)
+    tasks = [submitted(batcher, lane, 1, priority=Priority.BATCH), submitted(batcher, lane, 2)]
+    await all_wait(batcher, 2)
+    engine.gate.set()
+    await asyncio.gather(busy, *tasks)
+    assert later_batches(engine) == [[2], [1]]
+
+
+async def test_rule_7_live_does_not_count_batch_and_batch_counts_live(
+    batcher: MicroBatcher, engine: BurningEngine, clock: ManualClock
+) -> None:
+    lane = costly_lane(engine, {1: 10, 8: 10})
+    busy = await occupy(batcher, engine, costly_lane(engine, {1: 10}))
+    shadow = submitted(batcher, lane, 1, 7, priority=Priority.BATCH)
+    await all_wait(batcher, 7)
+    live = submitted(batcher, lane, 2, deadline_ns=clock.now_ns + 20 * MS)
+    await all_wait(batcher, 8)
+
+    def in_time(ms: int) -> "asyncio.Task[Answer]":
+        return submitted(batcher, lane, 3, deadline_ns=clock.now_ns + ms * MS, client="b", priority=Priority.BATCH)
+
+    assert (await refusal_of(in_time(29))).reason is Reason.DEADLINE_INFEASIBLE  # 10 + LIVE's 10 + its own 10
+    another = in_time(30)
+    await all_wait(batcher, 9)
+    engine.gate.set()
+    await asyncio.gather(busy, shadow, live, another)
+    assert later_batches(engine) == [[2], [1] * 7 + [3]]
+
+
+async def test_rule_7_batch_has_half_of_the_queue_and_gives_it_up(batcher: MicroBatcher, engine: BurningEngine) -> None:
+    busy = await occupy(batcher, engine)
+    lane = thread_lane(engine)
+    shadow = [submitted(batcher, lane, value, 4, priority=Priority.BATCH) for value in (1, 2)]
+    await all_wait(batcher, 8)
+    refusal = await refusal_of(submitted(batcher, lane, 3, priority=Priority.BATCH))
+    assert refusal.reason is Reason.QUEUE_FULL
+    live = [submitted(batcher, lane, 4, 8), submitted(batcher, lane, 5)]
+    evicted = await refusal_of(shadow[1])
+    assert evicted.reason is Reason.QUEUE_FULL
+    assert evicted.retry_after_ms == 1
+    assert batcher.waiting_rows == 13
+    live.append(submitted(batcher, lane, 6, 7))
+    assert (await refusal_of(shadow[0])).reason is Reason.QUEUE_FULL
+    assert batcher.waiting_rows == 16
+    refusal = await refusal_of(submitted(batcher, lane, 7, priority=Priority.BATCH))
+    assert refusal.reason is Reason.QUEUE_FULL
+    engine.gate.set()
+    await asyncio.gather(busy, *live)
+
+
+# Rule 8: clients take turns.
+
+
+async def test_rule_8_a_batch_is_filled_in_turns(batcher: MicroBatcher, engine: BurningEngine) -> None:
+    busy = await occupy(batcher, engine)
+    lane = thread_lane(engine)
+    tasks = [submitted(batcher, lane, value, client="many") for value in range(10, 20)]
+    tasks += [submitted(batcher, lane, 2, client="b"), submitted(batcher, lane, 3, client="c")]
+    await all_wait(batcher, 12)
+    engine.gate.set()
+    await asyncio.gather(busy, *tasks)
+    assert later_batches(engine) == [[10, 2, 3, 11, 12, 13, 14, 15], [16, 17, 18, 19]]
+
+
+async def test_rule_8_turns_are_counted_in_rows(batcher: MicroBatcher, engine: BurningEngine) -> None:
+    busy = await occupy(batcher, engine)
+    lane = thread_lane(engine)
+    tasks = [submitted(batcher, lane, 1, 4, client="large") for _ in range(2)]
+    tasks += [submitted(batcher, lane, 2, client="small") for _ in range(6)]
+    await all_wait(batcher, 14)
+    engine.gate.set()
+    await asyncio.gather(busy, *tasks)
+    assert later_batches(engine) == [[1] * 4 + [2] * 4, [1] * 4 + [2] * 2]
+
+
+async def test_rule_8_who_did_not_fit_is_the_first_of_the_next_batch(
+    batcher: MicroBatcher, engine: BurningEngine
+) -> None:
+    busy = await occupy(batcher, engine)
+    lane = thread_lane(engine)
+    tasks = [submitted(batcher, lane, 1, client="small")]
+    tasks += [submitted(batcher, lane, 2, 8, client="large")]
+    tasks += [submitted(batcher, lane, 1, client="small") for _ in range(6)]
+    await all_wait(batcher, 15)
+    engine.gate.set()
+    await asyncio.gather(busy, *tasks)
+    assert later_batches(engine) == [[1] * 7, [2] * 8]
+
+
+async def test_rule_8_turns_hold_across_lanes(batcher: MicroBatcher, engine: BurningEngine) -> None:
+    busy = await occupy(batcher, engine)
+    lane, other = thread_lane(engine), thread_lane(engine)
+    tasks = [submitted(batcher, lane, 1, 4, client="many") for _ in range(3)]
+    tasks.append(submitted(batcher, other, 2, client="one"))
+    await all_wait(batcher, 13)
+    engine.gate.set()
+    await asyncio.gather(busy, *tasks)
+    assert later_batches(engine) == [[1] * 8, [2], [1] * 4]
+
+
+async def test_rule_8_a_lift_in_another_lane_costs_no_turn(
+    batcher: MicroBatcher, engine: BurningEngine, clock: ManualClock
+) -> None:
+    busy = await occupy(batcher, engine)
+    lane, other = thread_lane(engine), thread_lane(engine)
+    tasks = [submitted(batcher, lane, 1, client="many") for _ in range(12)]
+    await all_wait(batcher, 12)
+    clock.now_ns += 1
+    tasks.append(submitted(batcher, other, 2, client="two"))
+    await all_wait(batcher, 13)
+    clock.now_ns += 1
+    tasks.append(submitted(batcher, lane, 3, client="two"))
+    await all_wait(batcher, 14)
+    engine.gate.set()
+    await asyncio.gather(busy, *tasks)
+    assert later_batches(engine) == [[1, 3, 1, 1, 1, 1, 1, 1], [2], [1] * 5]
+
+
+async def test_rule_8_in_a_full_queue_everyone_is_entitled_to_a_share(
+    batcher: MicroBatcher, engine: BurningEngine
+) -> None:
+    busy = await occupy(batcher, engine)
+    lane = thread_lane(engine)
+    many = [submitted(batcher, lane, value, client="many") for value in range(16)]
+    await all_wait(batcher, 16)
+    assert (await refusal_of(submitted(batcher, lane, 99, client="many"))).reason is Reason.QUEUE_FULL
+    one = [submitted(batcher, lane, 50, 7, client="one")]
+    evicted = [await refusal_of(task) for task in many[9:]]  # the newest
+    assert {(error.reason, error.retry_after_ms) for error in evicted} == {(Reason.QUEUE_FULL, 1)}
+    assert (await refusal_of(submitted(batcher, lane, 51, 2, client="one"))).reason is Reason.QUEUE_FULL
+    one.append(submitted(batcher, lane, 51, client="one"))
+    await refusal_of(many[8])
+    assert batcher.waiting_rows == 16
+    engine.gate.set()
+    await asyncio.gather(busy, *many[:8], *one)
 
 
 # No leakage, and an end.
@@ -349,85 +701,331 @@ async def test_closing_answers_whoever_waits(batcher: MicroBatcher, engine: Burn
 
 # Whatever happens, rows return to their caller.
 
-STEPS = st.lists(
-    st.one_of(
-        st.tuples(st.just("submit"), st.integers(1, 5), st.integers(0, 4)),
-        st.tuples(st.just("cancel"), st.integers(0, 30), st.just(0)),
-        st.tuples(st.just("turn"), st.integers(1, 4), st.just(0)),
-        st.tuples(st.just("tick"), st.integers(1, 2), st.just(0)),
-        st.tuples(st.just("fail"), st.booleans(), st.just(0)),
-        st.tuples(st.just("gate"), st.booleans(), st.just(0)),
-    ),
-    max_size=24,
-)
+ALLOWED_REASONS = {
+    Reason.INFERENCE_FAILED,
+    Reason.DEADLINE_EXCEEDED,
+    Reason.DEADLINE_INFEASIBLE,
+    Reason.QUEUE_FULL,
+}
 
 
-@pytest.mark.parametrize("inline_rows", [8, 0, 3], ids=["inline", "thread", "mixed"])
-@settings(max_examples=700, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(steps=STEPS)
-def test_rows_always_return_to_their_caller(inline_rows: int, steps: list[tuple[str, int, int]]) -> None:
-    asyncio.run(asyncio.wait_for(_interleave(inline_rows, steps), PATIENCE_S))
+class SteppingEngine(BurningEngine):
+    """Moves the clock by a nanosecond and one for every other row."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        super().__init__(clock)
+        self._clock = clock
+
+    def run(self, graph: str, outputs: Sequence[str], rows: Rows) -> Rows:
+        self._clock.now_ns += 1 + len(rows["observation"]) // 2
+        return super().run(graph, outputs, rows)
 
 
-async def _interleave(inline_rows: int, steps: list[tuple[str, int, int]]) -> None:
-    engine, clock = BurningEngine(), ManualClock()
+@pytest.mark.parametrize("inline_rows", [8, 3, 0], ids=["inline", "mixed", "thread"])
+def test_rows_always_return_to_their_caller(inline_rows: int) -> None:
+    rng = random.Random(inline_rows)
+    outcomes: Counter[str] = Counter()
+
+    async def interleave_all() -> None:
+        for _ in range(600):
+            await _interleave(inline_rows, rng, outcomes)
+
+    asyncio.run(interleave_all())
+    assert {"answered", "cancelled", *ALLOWED_REASONS} == set(outcomes), "not everything that can happen did"
+
+
+async def _interleave(inline_rows: int, rng: random.Random, outcomes: "Counter[str]") -> None:
+    """Sixty random steps with a batcher of its own, and what must hold after them."""
+    clock = ManualClock()
+    engine = SteppingEngine(clock)
     batcher = MicroBatcher(max_batch_rows=8, max_queue_rows=16, clock_ns=clock)
-    lanes = [Lane(engine=engine, variant=name, outputs=("action",), inline_rows=inline_rows) for name in ("a", "b")]
+    lanes = [
+        Lane(engine=engine, graph=graph, outputs=("action",), inline_rows=inline_rows, cost=RunCost(cost))
+        for graph, cost in (("a", {1: 1, 8: 5}), ("b", {1: 2, 4: 9}), ("c", {}))
+    ]
     tasks: list[asyncio.Task[Answer]] = []
-    sent: list[NDArray[Any]] = []
-    deadlines_ns: list[int] = []
+    sent: list[tuple[str, NDArray[Any], int]] = []
     cancelled: set[int] = set()
-    for step, number, budget in steps:
-        if step == "submit":
-            observation = np.arange(3 * number, dtype=np.float32).reshape(number, 3) + 1000 * (len(tasks) + 1)
-            deadlines_ns.append(clock.now_ns + budget if budget else FAR_NS)
-            sent.append(observation)
-            tasks.append(
-                asyncio.create_task(
-                    batcher.submit(lanes[len(tasks) % 2], {"observation": observation}, deadlines_ns[-1])
+    for _ in range(60):
+        match rng.choice(("submit", "submit", "submit", "cancel", "turn", "tick", "fail", "gate")):
+            case "submit":
+                count, lane = rng.randint(1, 5), rng.choice(lanes)
+                observation = np.arange(3 * count, dtype=np.float32).reshape(count, 3) + 1000 * (len(tasks) + 1)
+                deadline_ns = clock.now_ns + rng.randint(1, 40) if rng.random() < 0.7 else FAR_NS
+                sent.append((lane.graph, observation, deadline_ns))
+                submission = batcher.submit(
+                    lane,
+                    {"observation": observation},
+                    deadline_ns,
+                    client=rng.choice("xyyy"),
+                    priority=rng.choice(tuple(Priority)),
                 )
-            )
-        elif step == "cancel" and number < len(tasks):
-            if tasks[number].cancel():
-                cancelled.add(number)
-        elif step == "turn":
-            for _ in range(number):
-                await asyncio.sleep(0)
-        elif step == "tick":
-            clock.now_ns += number
-        elif step == "fail":
-            engine.failures.append(RuntimeError("told to") if number else None)
-        elif step == "gate" and inline_rows == 0:  # an inline run behind a closed gate would burn for ever
-            (engine.gate.set if number else engine.gate.clear)()
+                tasks.append(asyncio.create_task(submission))
+            case "cancel" if tasks:
+                number = rng.randrange(len(tasks))
+                if tasks[number].cancel():
+                    cancelled.add(number)
+            case "turn":
+                for _ in range(rng.randint(1, 4)):
+                    await asyncio.sleep(0)
+            case "tick":
+                clock.now_ns += rng.randint(1, 3)
+            case "fail":
+                engine.failures.append(RuntimeError("told to") if rng.random() < 0.3 else None)
+            case "gate" if inline_rows == 0:  # an inline run behind a closed gate would burn for ever
+                (engine.gate.set if rng.random() < 0.5 else engine.gate.clear)()
     engine.gate.set()
-    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), PATIENCE_S)
+    batcher.close()
 
     ran = [owner for batch in engine.batches for owner in _owners(batch)]
     failed = {owner for batch in engine.failed_batches for owner in _owners(batch)}
     assert len(ran) == len(set(ran)), "an entry ran twice, or was split"
     assert all(len(batch) <= 8 for batch in engine.batches)
     assert batcher.waiting_rows == 0
-    for number, outcome in enumerate(outcomes):
-        if isinstance(outcome, Answer):
-            np.testing.assert_array_equal(outcome.rows["action"], 2 * sent[number])
+    for graph, batch, started_ns in zip(engine.graphs, engine.batches, engine.started_ns, strict=True):
+        for owner in _owners(batch):
+            assert sent[owner][0] == graph
+            if inline_rows == 8:  # elsewhere the clock may have moved since the batch was formed
+                assert sent[owner][2] > started_ns - (1 + len(batch) // 2)
+    for number, result in enumerate(results):
+        if isinstance(result, Answer):
+            outcomes["answered"] += 1
+            np.testing.assert_array_equal(result.rows["action"], 2 * sent[number][1])
+            assert number in ran
             assert number not in failed
-        elif isinstance(outcome, asyncio.CancelledError):
+        elif isinstance(result, asyncio.CancelledError):
+            outcomes["cancelled"] += 1
             assert number in cancelled
         else:
-            assert isinstance(outcome, PolicyError)
-            if outcome.reason is Reason.INFERENCE_FAILED:
-                assert number in failed
-            elif outcome.reason is Reason.DEADLINE_EXCEEDED:
-                assert deadlines_ns[number] <= clock.now_ns
-                assert number not in ran
-            else:
-                assert outcome.reason is Reason.QUEUE_FULL
-                assert sum(map(len, sent)) > 16
-                assert number not in ran
-    batcher.close()
+            assert isinstance(result, PolicyError)
+            assert result.reason in ALLOWED_REASONS
+            outcomes[result.reason] += 1
+            assert (number in failed) == (result.reason is Reason.INFERENCE_FAILED)
+            assert (number in ran) == (number in failed)
+            if result.reason is not Reason.QUEUE_FULL and number not in failed:
+                assert sent[number][2] < FAR_NS
 
 
 def _owners(batch: NDArray[Any]) -> list[int]:
     """The entries of a batch, once for each unbroken run of their rows."""
     owners = (batch[:, 0] // 1000).astype(int) - 1
     return [int(owner) for place, owner in enumerate(owners) if place == 0 or owners[place - 1] != owner]
+
+
+# Overload, in virtual time: the same on every machine, however busy.
+
+
+_Arguments = TypeVarTuple("_Arguments")
+_Result = TypeVar("_Result")
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """An event loop whose waits are over at once, and whose engine thread takes as long as its engine says."""
+
+    def __init__(self) -> None:
+        selector = _VirtualTimeSelector()
+        super().__init__(selector)
+        self._virtual = selector
+        self.engine = PacedEngine()
+
+    def time(self) -> float:
+        return self._virtual.now_s
+
+    def now_ns(self) -> int:
+        return round(self.time() * 1e9)
+
+    def run_in_executor(
+        self, executor: Executor | None, func: Callable[[Unpack[_Arguments]], _Result], *args: Unpack[_Arguments]
+    ) -> "asyncio.Future[_Result]":
+        future: asyncio.Future[_Result] = self.create_future()
+        result = func(*args)
+        self.call_later(self.engine.last_run_ns * 1e-9, future.set_result, result)
+        return future
+
+
+class _VirtualTimeSelector(selectors.SelectSelector):
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        self.now_s += timeout or 0.0
+        return []
+
+
+class PacedEngine:
+    """A run costs `run_ms` and `row_ms` for every row, up to a tenth more at random, all times `slowdown`."""
+
+    def __init__(self) -> None:
+        self.run_ms = self.row_ms = 0.0
+        self.slowdown = 1.0
+        self.last_run_ns = 0
+        self._rng = random.Random(0)
+
+    def cost_ns(self, rows: int) -> int:
+        return int((self.run_ms + self.row_ms * rows) * MS)
+
+    def run(self, graph: str, outputs: Sequence[str], rows: Rows) -> Rows:
+        observation = rows["observation"]
+        self.last_run_ns = int(self.cost_ns(len(observation)) * self.slowdown * self._rng.uniform(1, 1.1))
+        return {"action": observation}
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """What became of somebody's requests: outcomes by name, and milliseconds until every answer in time."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    answered_ms: list[float] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class Shop:
+    """A batcher with one lane, in virtual time."""
+
+    max_batch_rows: int
+    run_ms: float
+    row_ms: float
+    has_admission: bool = True
+    loop: VirtualTimeLoop = field(default_factory=VirtualTimeLoop)
+
+    def __post_init__(self) -> None:
+        engine = self.loop.engine
+        engine.run_ms, engine.row_ms = self.run_ms, self.row_ms
+        sizes = [2**power for power in range(11) if 2**power <= self.max_batch_rows]
+        cost = RunCost({rows: engine.cost_ns(rows) for rows in sizes} if self.has_admission else {})
+        self.lane = Lane(engine=engine, graph="actor", outputs=("action",), inline_rows=0, cost=cost)
+        self.batcher = MicroBatcher(max_batch_rows=self.max_batch_rows, max_queue_rows=4096, clock_ns=self.loop.now_ns)
+
+    def run(self, work: Callable[[], Any]) -> None:
+        try:
+            self.loop.run_until_complete(work())
+        finally:
+            self.batcher.close()
+            self.loop.close()
+
+    async def offer(
+        self,
+        per_second: float,
+        *,
+        seconds: float = 2.0,
+        deadline_ms: float = 50.0,
+        clients: Sequence[str] = tuple("abcdefghijklmnop"),
+        priority: Priority = Priority.LIVE,
+    ) -> Tally:
+        """Sends requests of one row at an even pace, by random clients."""
+        rng = random.Random(1)
+        tally = Tally()
+
+        async def send() -> None:
+            sent_ns = self.loop.now_ns()
+            deadline_ns = sent_ns + int(deadline_ms * MS)
+            try:
+                await self.batcher.submit(
+                    self.lane, rows_of(1), deadline_ns, client=rng.choice(clients), priority=priority
+                )
+            except PolicyError as error:
+                tally.outcomes[error.reason] += 1
+                return
+            is_late = self.loop.now_ns() > deadline_ns
+            tally.outcomes["late" if is_late else "answered"] += 1
+            if not is_late:
+                tally.answered_ms.append((self.loop.now_ns() - sent_ns) / MS)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(round(per_second * seconds)):
+                group.create_task(send())
+                await asyncio.sleep(1 / per_second)
+        return tally
+
+
+# What a run costs, and answers per second at best: one row a run; a cost by the run; a cost by the row; large batches;
+# batches bound by deadlines alone, of at most half of 50 ms.
+SHOPS = [
+    (1, 10.0, 0.0, 95.0),
+    (8, 6.0, 0.5, 760.0),
+    (16, 1.0, 1.0, 900.0),
+    (64, 2.0, 0.1, 7200.0),
+    (1024, 2.0, 0.1, 8700.0),
+]
+
+
+@pytest.mark.parametrize(("max_batch_rows", "run_ms", "row_ms", "capacity"), SHOPS)
+@pytest.mark.parametrize(("load", "share"), [(2.0, 0.9), (10.0, 0.85)])
+def test_overload_leaves_the_goodput(
+    max_batch_rows: int, run_ms: float, row_ms: float, capacity: float, load: float, share: float
+) -> None:
+    shop = Shop(max_batch_rows=max_batch_rows, run_ms=run_ms, row_ms=row_ms)
+
+    async def work() -> None:
+        seconds = 100 / capacity + 0.5
+        before = await shop.offer(0.6 * capacity, seconds=0.5)
+        assert set(before.outcomes) == {"answered"}
+        overloaded = await shop.offer(load * capacity, seconds=seconds)
+        assert overloaded.outcomes["answered"] >= share * capacity * seconds
+        assert overloaded.outcomes["late"] <= 0.1 * overloaded.outcomes["answered"]
+        after = await shop.offer(0.6 * capacity, seconds=0.5)
+        assert set(after.outcomes) == {"answered"}
+
+    shop.run(work)
+
+
+def test_overload_without_admission_by_deadline_leaves_next_to_nothing() -> None:
+    shop = Shop(max_batch_rows=8, run_ms=6, row_ms=0.5, has_admission=False)
+
+    async def work() -> None:
+        overloaded = await shop.offer(7600, seconds=2)
+        assert overloaded.outcomes["answered"] < 0.2 * 760 * 2
+
+    shop.run(work)
+
+
+def test_a_flood_starves_nobody() -> None:
+    shop = Shop(max_batch_rows=8, run_ms=6, row_ms=0.5)
+
+    async def work() -> None:
+        async with asyncio.TaskGroup() as group:
+            flood = group.create_task(shop.offer(7600, clients=("flood",)))
+            others = group.create_task(shop.offer(150, clients=("a", "b", "c")))
+        outcomes = others.result().outcomes
+        assert outcomes["answered"] == outcomes.total()
+        assert flood.result().outcomes["answered"] > 0.9 * (760 - 150) * 2
+
+    shop.run(work)
+
+
+def test_shadow_load_delays_live_by_no_more_than_a_run() -> None:
+    def slowest_ms(shadow: bool) -> float:
+        shop = Shop(max_batch_rows=8, run_ms=6, row_ms=0.5)
+        live = Tally()
+
+        async def work() -> None:
+            nonlocal live
+            async with asyncio.TaskGroup() as group:
+                if shadow:
+                    group.create_task(shop.offer(1500, deadline_ms=500, priority=Priority.BATCH))
+                offered = group.create_task(shop.offer(100, deadline_ms=100))
+            live = offered.result()
+
+        shop.run(work)
+        assert set(live.outcomes) == {"answered"}
+        return max(live.answered_ms)
+
+    assert slowest_ms(shadow=False) <= 1.1 * 6.5
+    assert slowest_ms(shadow=True) <= 1.1 * (10 + 7)  # a full run, then the two rows that waited for it
+
+
+def test_a_machine_that_was_slow_is_not_taken_to_be_slow_for_good() -> None:
+    shop = Shop(max_batch_rows=1, run_ms=10, row_ms=0)
+
+    async def work() -> None:
+        shop.loop.engine.slowdown = 5.0
+        slow = await shop.offer(50, deadline_ms=15, seconds=2)
+        assert not slow.outcomes["answered"]
+        shop.loop.engine.slowdown = 1.0
+        await shop.offer(50, deadline_ms=15, seconds=2)
+        again = await shop.offer(50, deadline_ms=15, seconds=1)
+        assert set(again.outcomes) == {"answered"}
+
+    shop.run(work)

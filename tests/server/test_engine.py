@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,13 +18,16 @@ from lom_server.errors import PolicyError, StartError
 from tests.support.bundles import (
     Flaws,
     actor_action,
+    explain_graph,
     golden_observations,
     greedy_action,
     greedy_margin,
     greedy_mode,
     write_test_bundle,
 )
+from tests.support.servers import wait_until
 
+GRAPHS = ("greedy_mode", "greedy_mode.explain", "actor")
 HAS_CUDA = "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 
 
@@ -97,7 +101,28 @@ def test_an_aborted_engine_answers_no_more(bundle: Bundle) -> None:
     engine.abort()
     with pytest.raises(PolicyError) as failure:
         engine.run("actor", ("action",), {"observation": golden_observations()})
-    assert failure.value.reason is Reason.INFERENCE_FAILED
+    assert failure.value.reason is Reason.DRAINING
+
+
+def test_a_run_that_is_stopped_fails_and_the_next_one_runs(tmp_path: Path) -> None:
+    engine = OnnxEngine(bundle_with(tmp_path, Flaws(burn_layers=64)), provider="cpu")
+    endless = {"observation": np.zeros((4096, 3), dtype=np.float32)}
+    failures: list[PolicyError] = []
+
+    def run() -> None:
+        try:
+            engine.run("actor", ("action",), endless)
+        except PolicyError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    wait_until(lambda: engine.running_for_ns > 20_000_000, "the run is under way")
+    engine.stop_run()
+    thread.join()
+    assert [failure.reason for failure in failures] == [Reason.INFERENCE_FAILED]
+    assert engine.running_for_ns == 0
+    engine.run("actor", ("action",), {"observation": golden_observations()})
 
 
 def test_a_sound_bundle_passes_its_self_check(bundle: Bundle) -> None:
@@ -121,18 +146,34 @@ def test_the_self_check_also_runs_rows_one_by_one(bundle: Bundle, monkeypatch: p
     sizes = []
     run = engine.run
 
-    def watched_run(variant: str, outputs: Sequence[str], rows: Rows) -> Rows:
-        sizes.append((variant, len(rows["observation"])))
-        return run(variant, outputs, rows)
+    def watched_run(graph: str, outputs: Sequence[str], rows: Rows) -> Rows:
+        sizes.append((graph, len(rows["observation"])))
+        return run(graph, outputs, rows)
 
     monkeypatch.setattr(engine, "run", watched_run)
     engine.self_check()
-    assert {(variant, size) for variant in ("greedy_mode", "actor") for size in (1, 16)} == set(sizes)
+    assert {(graph, size) for graph in GRAPHS for size in (1, 16)} == set(sizes)
 
 
-def test_measuring_runs_the_asked_number_of_rows(bundle: Bundle) -> None:
-    engine = OnnxEngine(bundle, provider="cpu")
-    assert engine.measured_run_ns("greedy_mode", ("action",), 100) > 0
+def test_the_self_check_replays_the_explain_graph_too(bundle: Bundle) -> None:
+    wrong = explain_graph(Flaws(action_offset=0.125)).SerializeToString()
+    engine = OnnxEngine(dataclasses.replace(bundle, explain_graphs={"greedy_mode": wrong}), provider="cpu")
+    with pytest.raises(BundleError, match=r"^SELF_TEST_FAILED: "):
+        engine.self_check()
+
+
+def test_every_graph_is_measured_at_powers_of_two(bundle: Bundle) -> None:
+    costs = OnnxEngine(bundle, provider="cpu").measured_costs(20)
+    assert costs.keys() == set(GRAPHS)
+    for sizes in costs.values():
+        assert list(sizes) == [1, 2, 4, 8, 16]
+        assert min(sizes.values()) > 0
+
+
+def test_sizes_that_would_take_too_long_are_not_measured(tmp_path: Path) -> None:
+    engine = OnnxEngine(bundle_with(tmp_path, Flaws(burn_layers=64)), provider="cpu")
+    (longest, *_), *_ = sorted((list(sizes)[::-1] for sizes in engine.measured_costs(2**20).values()), reverse=True)
+    assert longest < 2**20
 
 
 @pytest.mark.parametrize(

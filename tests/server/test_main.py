@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from lom_api.v1 import policy_pb2, policy_pb2_grpc
 from tests.support.bundles import POLICY, Flaws, write_test_bundle
 from tests.support.servers import PATIENCE_S, ServerProcess, running_server, start_server_process, wait_until
 
+SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
@@ -26,6 +29,17 @@ def refused_start(bundle: Path, *options: str, listen: str = "127.0.0.1:0") -> t
     assert server.stdout == []
     assert len(server.stderr) == 1, server.stderr
     return code, server.stderr[0]
+
+
+def complaints(server: ServerProcess) -> list[str]:
+    """What the server logged beyond its notes on what it does."""
+    return [line for line in server.stderr if " INFO " not in line]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def act(address: str, rows: int = 1) -> policy_pb2.ActReply:
@@ -42,13 +56,36 @@ def test_serves_says_so_in_one_line_and_drains_on_sigterm(toy_bundle: Path) -> N
     with running_server(toy_bundle) as server:
         assert len(server.stdout) == 1
         line = server.stdout[0]
-        assert line.startswith("lom-serve: SERVING policy=toy bundle=")
-        assert "provider=CPUExecutionProvider variants=actor,greedy_mode default=greedy_mode address=127.0.0.1:" in line
+        assert line.startswith("lom-serve: SERVING policies=toy/1:")
+        assert " provider=CPUExecutionProvider address=127.0.0.1:" in line
         assert not server.address.endswith(":0")
         reply = act(server.address)
-        assert reply.bundle_digest.startswith(line.split("bundle=")[1].split()[0])
+        assert reply.bundle_digest.startswith(line.split("toy/1:")[1].split()[0])
         assert server.terminate() == 0
-        assert server.stderr == []
+        assert complaints(server) == []
+
+
+def test_not_serving_until_the_golden_rows_pass(tmp_path: Path) -> None:
+    write_test_bundle(tmp_path / "bundle", flaws=Flaws(burn_layers=100))
+    address = f"127.0.0.1:{free_port()}"
+    server = start_server_process(tmp_path / "bundle", "--max-batch-rows", "8", listen=address)
+    seen = []
+    try:
+        with grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S, wait_for_ready=True)
+            while SERVING not in seen:
+                seen.append(next(watch).status)
+                if seen == [NOT_SERVING]:
+                    assert server.stdout == []
+                    with pytest.raises(grpc.RpcError) as refusal:
+                        act(address)
+                    assert refusal.value.details().startswith("MODEL_LOADING: ")
+            assert seen == [NOT_SERVING, SERVING]
+            named = health.Check(health_pb2.HealthCheckRequest(service=POLICY), timeout=PATIENCE_S)
+            assert named.status == SERVING
+    finally:
+        server.terminate()
 
 
 def test_sigint_drains_too(toy_bundle: Path) -> None:
@@ -77,6 +114,12 @@ def test_no_bundle_there(tmp_path: Path) -> None:
     code, line = refused_start(tmp_path / "nowhere")
     assert code == 1
     assert line.startswith("lom-serve: BUNDLE_NOT_FOUND: ")
+
+
+def test_a_folder_without_a_bundle(tmp_path: Path) -> None:
+    code, line = refused_start(tmp_path)
+    assert code == 1
+    assert line == "lom-serve: BUNDLE_NOT_FOUND: expected at least one POLICY/VERSION/ with a bundle, found none"
 
 
 def test_a_manifest_that_is_none(tmp_path: Path, toy_bundle: Path) -> None:
@@ -113,6 +156,22 @@ def test_never_two_servers_on_one_port(toy_bundle: Path) -> None:
         act(server.address)
 
 
+def test_a_stranger_on_the_port_is_no_server_of_ours(toy_bundle: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as stranger:
+        code, line = refused_start(toy_bundle, listen=f"127.0.0.1:{stranger.getsockname()[1]}")
+    assert code == 1
+    assert line.startswith("lom-serve: ADDRESS_UNAVAILABLE: ")
+
+
+def test_several_workers_share_one_port(toy_bundle: Path) -> None:
+    with running_server(toy_bundle, "--workers", "2") as server:
+        assert len(children(server.process.pid)) == 2
+        for _ in range(8):  # connections of their own: the system spreads them
+            act(server.address)
+        assert server.terminate() == 0
+    assert complaints(server) == []
+
+
 def test_plaintext_for_other_machines_needs_consent(toy_bundle: Path) -> None:
     code, line = refused_start(toy_bundle, listen="0.0.0.0:0")
     assert code == 2
@@ -128,7 +187,7 @@ def test_plaintext_for_other_machines_needs_consent(toy_bundle: Path) -> None:
 def test_a_value_out_of_range_is_one_line(toy_bundle: Path, options: tuple[str, str]) -> None:
     code, line = refused_start(toy_bundle, *options)
     assert code == 2
-    assert line.startswith(f"lom-serve: {options[0][2:].replace('-', '_')}: expected ")
+    assert line.startswith(f"lom-serve: {options[0]}: expected ")
 
 
 @pytest.mark.parametrize("options", [("--no-such-option",), ("--max-batch-rows", "many"), ("--provider", "tpu")])
@@ -140,9 +199,19 @@ def test_a_command_line_that_cannot_be_meant(toy_bundle: Path, options: tuple[st
     assert "Traceback" not in "\n".join(server.stderr)
 
 
+def children(pid: int) -> list[int]:
+    return [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+
+
 def processor_seconds(server: ServerProcess) -> float:
-    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """Of the server's workers."""
+    ticks = 0
+    for worker in children(server.process.pid):
+        fields = Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs procfs to see the engine at work")
@@ -176,17 +245,41 @@ def test_signals_while_a_request_is_being_answered(tmp_path: Path, second_signal
             assert error.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
-def test_a_serving_process_holds_neither_torch_nor_onnx_nor_training(toy_bundle: Path) -> None:
-    code = (
-        "import atexit, json, sys\n"
-        "from lom_server.main import main\n"
-        "atexit.register(lambda: print(json.dumps(sorted(sys.modules))))\n"
-        "main()\n"
-    )
-    with running_server(toy_bundle, program=(sys.executable, "-c", code)) as server:
+def test_a_worker_maps_neither_torch_nor_onnx(toy_bundle: Path) -> None:
+    with running_server(toy_bundle) as server:
         act(server.address)
-        assert server.terminate() == 0
-    modules = json.loads(server.stdout[-1])
-    assert "onnxruntime" in modules
-    forbidden = {"torch", "onnx", "lom", "lom_export", "lom_client", "gymnasium"}
-    assert not {name.partition(".")[0] for name in modules} & forbidden
+        (worker,) = children(server.process.pid)
+        libraries = Path(f"/proc/{worker}/maps").read_text()
+    assert "/onnxruntime/" in libraries
+    assert "/torch/" not in libraries
+    assert "/onnx/" not in libraries
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("lom_server.worker", {"torch", "onnx", "lom", "lom_export", "lom_client", "gymnasium"}),
+        ("lom_server.main", {"torch", "onnx", "lom", "lom_export", "lom_client", "gymnasium", "onnxruntime"}),
+    ],
+)
+def test_a_process_holds_only_what_it_needs(module: str, forbidden: set[str]) -> None:
+    code = f"import json, sys, {module}; print(json.dumps(sorted(sys.modules)))"
+    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert not {name.partition(".")[0] for name in json.loads(output)} & forbidden
+
+
+def test_the_configuration_can_be_printed_and_read_again(toy_bundle: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lom_server.main"]
+    first = subprocess.run(
+        [*command, str(toy_bundle), "--workers", "3", "--print-config"], check=True, capture_output=True, text=True
+    )
+    (tmp_path / "lom-serve.toml").write_text(first.stdout)
+    again = subprocess.run(
+        [*command, "--config", str(tmp_path / "lom-serve.toml"), "--print-config"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert "workers = 3  # cli" in first.stdout
+    assert "workers = 3  # file" in again.stdout
+    assert [line.split("#")[0] for line in again.stdout.splitlines() if "=" in line.split("#")[0]]

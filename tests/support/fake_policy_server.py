@@ -1,23 +1,26 @@
 """A policy server on a real socket that answers whatever a test tells it to: honest, late, hostile or nothing.
 
 Its policy: observation `o` in R^3, action = clip(o[:2], -1, 1); `greedy_mode` also says mode = argmax(o), and as
-margin the distance to the runner-up. Run as a program, it is the same server in a process of its own, which a test
-can freeze and kill.
+margin the distance to the runner-up; explained, hyper-Q is `o`, every mixing weight 1/3, every component's mean the
+action and every log-std -1. It answers single calls and streams alike. Run as a program, it is the same server in a
+process of its own, which a test can freeze and kill.
 """
 
 import os
+import queue
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, NoReturn, Self, TypeAlias
 
 import grpc
 import numpy as np
+from google.protobuf.message import Message
 
-from lom_api.codec import pack_array, unpack_tensor
+from lom_api.codec import Array, pack_array, unpack_tensor
 from lom_api.v1 import policy_pb2
 
 PATIENCE_S = 20.0
@@ -29,8 +32,9 @@ BUNDLE_DIGEST = "d" * 64
 CONTRACT_HASH = "c" * 64
 _SERVER_OPTIONS = [("grpc.http2.min_ping_interval_without_data_ms", 50), ("grpc.so_reuseport", 0)]
 
-Context: TypeAlias = grpc.ServicerContext
+Context: TypeAlias = "grpc.ServicerContext | _StreamContext"
 Reply: TypeAlias = policy_pb2.ActReply | bytes
+_Answers: TypeAlias = "queue.SimpleQueue[policy_pb2.ActStreamReply | bytes | None]"
 Act: TypeAlias = Callable[[policy_pb2.ActRequest, Context], Reply]
 
 
@@ -75,10 +79,26 @@ def honest_act(request: policy_pb2.ActRequest, _context: Context) -> policy_pb2.
         timings=policy_pb2.ServerTimings(queue_ns=1000, inference_ns=2000, batch_rows=len(observation)),
     )
     if request.variant == "greedy_mode":
+        mode = np.argmax(observation, axis=1).astype(np.int32)
+        if request.HasField("mode"):
+            mode[:] = request.mode
         best_two = np.sort(observation, axis=1)[:, -2:]
-        reply.mode.CopyFrom(pack_array(np.argmax(observation, axis=1).astype(np.int32), "mode"))
+        reply.mode.CopyFrom(pack_array(mode, "mode"))
         reply.margin.CopyFrom(pack_array(best_two[:, 1] - best_two[:, 0], "margin"))
+    if request.explain:
+        reply.explanation.CopyFrom(_honest_explanation(observation))
     return reply
+
+
+def _honest_explanation(observation: Array) -> policy_pb2.Explanation:
+    components = (len(observation), NUM_COMPONENTS)
+    action = np.clip(observation[:, None, :ACTION_DIM], -1, 1)
+    return policy_pb2.Explanation(
+        hyper_q=pack_array(observation),
+        mixing_weights=pack_array(np.full(components, 1 / NUM_COMPONENTS, np.float32)),
+        component_means=pack_array(np.broadcast_to(action, (*components, ACTION_DIM))),
+        component_log_stds=pack_array(np.full((*components, ACTION_DIM), -1, np.float32)),
+    )
 
 
 def tampered(change: Callable[[policy_pb2.ActReply], object]) -> Act:
@@ -117,6 +137,25 @@ def refusing_act(code: grpc.StatusCode, message: str) -> Act:
     return act
 
 
+class _RefusalError(Exception):
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+class _StreamContext:
+    """One request's view of its stream: what refuses it leaves the stream alone."""
+
+    def __init__(self, stream: grpc.ServicerContext) -> None:
+        self.peer = stream.peer
+        self.is_active = stream.is_active
+        self.add_callback = stream.add_callback
+
+    def abort(self, code: grpc.StatusCode, details: str) -> NoReturn:
+        raise _RefusalError(code, details)
+
+
 class FakePolicyServer:
     """The server, while its `with` block lasts.
 
@@ -125,6 +164,9 @@ class FakePolicyServer:
         spec: what it says it serves; may be changed between calls.
         requests: the `Act` requests so far.
         peers: who sent each of them, one name for each connection.
+        streams: how many streams were opened so far.
+        open_streams: how many of them have not ended.
+        metadata: of every call and stream so far.
         spec_requests: `GetPolicySpec` requests so far.
         spec_delay_s: how late the spec is.
         most_at_once: the most `Act` requests that were in work at one time.
@@ -144,18 +186,27 @@ class FakePolicyServer:
         self.spec_delay_s = 0.0
         self.requests: list[policy_pb2.ActRequest] = []
         self.peers: list[str] = []
+        self.streams = 0
+        self.open_streams = 0
+        self._newest_answers: _Answers = queue.SimpleQueue()
+        self.metadata: list[dict[str, str | bytes]] = []
         self.spec_requests = 0
         self.most_at_once = 0
         self.given_up = threading.Event()
         self._at_once = 0
         self._lock = threading.Lock()
-        self._handlers = ThreadPoolExecutor(16)
+        self._handlers = ThreadPoolExecutor(32)
         self._server = grpc.server(self._handlers, options=[*_SERVER_OPTIONS, *options])
         handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
             "Act": grpc.unary_unary_rpc_method_handler(
                 self._act,
                 request_deserializer=policy_pb2.ActRequest.FromString,
-                response_serializer=lambda reply: reply if isinstance(reply, bytes) else reply.SerializeToString(),
+                response_serializer=_serialised,
+            ),
+            "ActStream": grpc.stream_stream_rpc_method_handler(
+                self._act_stream,
+                request_deserializer=policy_pb2.ActRequest.FromString,
+                response_serializer=_serialised,
             ),
             "GetPolicySpec": grpc.unary_unary_rpc_method_handler(
                 self._get_policy_spec,
@@ -174,6 +225,10 @@ class FakePolicyServer:
         """Where a `PolicyClient` finds it."""
         return f"grpc://127.0.0.1:{self.port}"
 
+    def end_stream(self) -> None:
+        """Ends the newest stream, whatever has not been answered."""
+        self._newest_answers.put(None)
+
     def stop(self) -> None:
         """Ends the calls under way and frees the port."""
         assert self._server.stop(grace=0).wait(PATIENCE_S), "the fake server did not stop"
@@ -186,6 +241,8 @@ class FakePolicyServer:
         self.stop()
 
     def _act(self, request: policy_pb2.ActRequest, context: Context) -> Reply:
+        if isinstance(context, grpc.ServicerContext):
+            self.metadata.append(dict(context.invocation_metadata()))
         with self._lock:
             self.requests.append(request)
             self.peers.append(context.peer())
@@ -199,6 +256,48 @@ class FakePolicyServer:
         finally:
             with self._lock:
                 self._at_once -= 1
+
+    def _act_stream(
+        self, requests: Iterator[policy_pb2.ActRequest], context: grpc.ServicerContext
+    ) -> Iterator[policy_pb2.ActStreamReply | bytes]:
+        """Every request in a thread of its own, so that one without an answer holds up no other."""
+        answers: _Answers = queue.SimpleQueue()
+        self._newest_answers = answers
+        with self._lock:
+            self.streams += 1
+            self.open_streams += 1
+            self.metadata.append(dict(context.invocation_metadata()))
+        context.add_callback(self._count_ended_stream)
+
+        def answer(request: policy_pb2.ActRequest) -> None:
+            try:
+                reply = self._act(request, _StreamContext(context))
+            except _RefusalError as refused:
+                code: int = refused.code.value[0]
+                refusal = policy_pb2.Refusal(code=code, message=refused.message)
+                answers.put(policy_pb2.ActStreamReply(sequence=request.sequence, refusal=refusal))
+            else:
+                if isinstance(reply, policy_pb2.ActReply):
+                    answers.put(policy_pb2.ActStreamReply(sequence=request.sequence, reply=reply))
+                else:
+                    answers.put(reply)
+
+        def read() -> None:
+            try:
+                under_way = [self._handlers.submit(answer, request) for request in requests]
+                wait(under_way)
+            except grpc.RpcError:
+                pass  # the caller has gone
+            finally:
+                answers.put(None)
+
+        threading.Thread(target=read, daemon=True).start()
+        while (reply := answers.get()) is not None:
+            yield reply
+
+    def _count_ended_stream(self) -> None:
+        with self._lock:
+            self.open_streams -= 1
 
     def _get_policy_spec(self, request: policy_pb2.GetPolicySpecRequest, context: Context) -> policy_pb2.PolicySpec:
         self.spec_requests += 1
@@ -256,6 +355,10 @@ class FakePolicyServerProcess:
         line = self._process.stdout.readline()
         assert line, "the fake server's process ended"
         return line
+
+
+def _serialised(reply: Message | bytes) -> bytes:
+    return reply if isinstance(reply, bytes) else reply.SerializeToString()
 
 
 def _wait_for_caller_to_give_up(context: Context, patience_s: float) -> None:
