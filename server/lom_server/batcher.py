@@ -2,10 +2,11 @@
 
 The rules, each proved by a test of the same number in `tests/server/test_batcher.py`:
 
-1. A batch is whatever waits when the engine is free, as far as its members' deadlines allow. No timer.
+1. A batch is whatever waits when the engine is free, as far as its members' deadlines allow. No timer. Where there is
+   no time for everybody, the nearest deadlines are given up before batches become small.
 2. A request's rows are never split; a batch never exceeds `max_batch_rows`.
-3. An entry that is cancelled, past its deadline or certain to miss it leaves before rows are joined; its neighbours
-   are untouched.
+3. An entry that is cancelled, past its deadline or certain to miss it leaves before rows are joined and is never run;
+   its neighbours are untouched.
 4. An engine failure fails exactly the entries of that batch, once each; the engine thread lives on.
 5. Admission is bounded, in rows and in time: what finds no room, or cannot be answered before its deadline by the
    order in which it would be served, is refused at once and never run.
@@ -120,7 +121,7 @@ class _Batch:
 
 
 @dataclass(slots=True, eq=False)
-class _Line:
+class _Queue:
     """The entries of one client for one lane, oldest first."""
 
     # A dict as an ordered set: entries leave from the middle when their callers go.
@@ -130,15 +131,15 @@ class _Line:
 
 @dataclass(slots=True, eq=False)
 class _Client:
-    lines: dict[Lane, _Line] = field(default_factory=dict)
+    queues: dict[Lane, _Queue] = field(default_factory=dict)
     rows: int = 0
 
     @property
     def lane(self) -> Lane:
         """Where its oldest entry waits."""
-        if len(self.lines) == 1:
-            return next(iter(self.lines))
-        return min(self.lines, key=lambda lane: next(iter(self.lines[lane].entries)).admitted_ns)
+        if len(self.queues) == 1:
+            return next(iter(self.queues))
+        return min(self.queues, key=lambda lane: next(iter(self.queues[lane].entries)).admitted_ns)
 
 
 class _Waiting:
@@ -154,38 +155,41 @@ class _Waiting:
         self.rows = 0
         self.clients: dict[str, _Client] = {}
         self.lanes: dict[Lane, int] = {}
+        self._rows_before: dict[int, dict[Lane, int]] = {}
 
     def add(self, entry: _Entry) -> None:
         """Puts `entry` behind the others of its client; a new client behind the other clients."""
         client = self.clients.get(entry.client)
         if client is None:
             client = self.clients[entry.client] = _Client()
-        line = client.lines.get(entry.lane)
-        if line is None:
-            line = client.lines[entry.lane] = _Line()
-        line.entries[entry] = None
-        line.rows += entry.count
+        queue = client.queues.get(entry.lane)
+        if queue is None:
+            queue = client.queues[entry.lane] = _Queue()
+        queue.entries[entry] = None
+        queue.rows += entry.count
         client.rows += entry.count
         self.rows += entry.count
         self.lanes[entry.lane] = self.lanes.get(entry.lane, 0) + entry.count
         entry.is_waiting = True
+        self._rows_before.clear()
 
     def remove(self, entry: _Entry) -> None:
         """Forgets `entry`, and its client with its last entry."""
         client = self.clients[entry.client]
-        line = client.lines[entry.lane]
-        del line.entries[entry]
-        line.rows -= entry.count
+        queue = client.queues[entry.lane]
+        del queue.entries[entry]
+        queue.rows -= entry.count
         client.rows -= entry.count
         self.rows -= entry.count
         self.lanes[entry.lane] -= entry.count
-        if not line.rows:
-            del client.lines[entry.lane]
+        if not queue.rows:
+            del client.queues[entry.lane]
         if not client.rows:
             del self.clients[entry.client]
         if not self.lanes[entry.lane]:
             del self.lanes[entry.lane]
         entry.is_waiting = False
+        self._rows_before.clear()
 
     def take(self, entries: Sequence[_Entry]) -> None:
         """Removes `entries`, and puts those clients behind the others whose oldest entry is among them."""
@@ -203,8 +207,8 @@ class _Waiting:
 
     def in_lane(self, lane: Lane) -> list[_Entry]:
         """All entries of `lane`."""
-        lines = [client.lines[lane] for client in self.clients.values() if lane in client.lines]
-        return [entry for line in lines for entry in line.entries]
+        queues = [client.queues[lane] for client in self.clients.values() if lane in client.queues]
+        return [entry for queue in queues for entry in queue.entries]
 
     def held_by(self, name: str) -> int:
         """Rows of one client."""
@@ -218,18 +222,21 @@ class _Waiting:
     def newest_of_largest(self) -> _Entry:
         """The newest entry of the client that holds most rows."""
         largest = max(self.clients.values(), key=lambda client: client.rows)
-        newest = (next(reversed(line.entries)) for line in largest.lines.values())
+        newest = (next(reversed(queue.entries)) for queue in largest.queues.values())
         return max(newest, key=lambda entry: entry.admitted_ns)
 
     def rows_before(self, name: str, count: int) -> dict[Lane, int]:
         """Rows by lane that have their turn before `count` new ones of a client: of every client as many as of it."""
-        before: dict[Lane, int] = {}
         depth = self.held_by(name) + count
+        before = self._rows_before.get(depth)
+        if before is not None:  # refused again and again, with nothing changed: what an overloaded server does most
+            return before
+        before = self._rows_before[depth] = {}
         for client in self.clients.values():
             left = depth
-            for lane, line in client.lines.items():
-                before[lane] = before.get(lane, 0) + min(line.rows, left)
-                left -= line.rows
+            for lane, queue in client.queues.items():
+                before[lane] = before.get(lane, 0) + min(queue.rows, left)
+                left -= queue.rows
                 if left <= 0:
                     break
         return before
@@ -365,11 +372,10 @@ class MicroBatcher:
                 # A run that goes first takes along whatever else waits in its lane.
                 filled = -(-rows // self._max_batch_rows) * self._max_batch_rows
                 end_ns += self._runs_ns(other, min(filled, self._waiting[priority].lanes[other]), now_ns)
-        rows = before.get(lane, 0) + count
-        # Where a whole batch goes first, others will have come by its turn and fill its own.
-        if rows > self._max_batch_rows:
-            rows = -(-rows // self._max_batch_rows) * self._max_batch_rows
-        return end_ns + self._runs_ns(lane, rows, now_ns)
+        joined = before.get(lane, 0) + count
+        if joined - count >= self._max_batch_rows:  # by its turn others will have come, who fill its batch
+            joined = -(-joined // self._max_batch_rows) * self._max_batch_rows
+        return end_ns + self._runs_ns(lane, joined, now_ns)
 
     def _runs_ns(self, lane: Lane, rows: int, now_ns: int) -> int:
         """What it takes to run `rows`, in as few runs as possible."""
@@ -444,18 +450,18 @@ class MicroBatcher:
         # deadlines are the nearest then: they would become ever smaller. So the nearest are given up, as many as it
         # takes for a batch of all others to be on time, unless that would be the smaller batch.
         rows = waiting.lanes[lane]
-        bar_ns = self._run_end_ns(lane, rows, now_ns)
-        near = [entry for entry in waiting.in_lane(lane) if entry.deadline_ns < bar_ns]
+        least_deadline_ns = self._run_end_ns(lane, rows, now_ns)
+        near = [entry for entry in waiting.in_lane(lane) if entry.deadline_ns < least_deadline_ns]
         for entry in sorted(near, key=lambda entry: entry.deadline_ns):
             if self._run_end_ns(lane, rows, now_ns) <= entry.deadline_ns:
-                bar_ns = entry.deadline_ns
+                least_deadline_ns = entry.deadline_ns
                 break
             rows -= entry.count
-        fuller, _ = self._filled(waiting, lane, now_ns, bar_ns)
+        fuller, _ = self._filled(waiting, lane, now_ns, least_deadline_ns)
         if _rows_of(fuller) <= _rows_of(entries):
             return entries
         for entry in near:
-            if entry.deadline_ns < bar_ns:
+            if entry.deadline_ns < least_deadline_ns:
                 self._dismiss(entry, _no_time_left())
         return fuller
 
@@ -469,15 +475,15 @@ class MicroBatcher:
         entries: list[_Entry] = []
         gone: list[_Entry] = []
         count, deadline_ns = 0, _NEVER_NS
-        # (rows in the batch, place, line) of every client of the lane: in order of place, hence a heap already.
+        # (rows in the batch, place, queue) of every client of the lane: in order of place, hence a heap already.
         turns = [
-            (0, place, iter(client.lines[lane].entries))
+            (0, place, iter(client.queues[lane].entries))
             for place, client in enumerate(waiting.clients.values())
-            if lane in client.lines
+            if lane in client.queues
         ]
         while turns and count < self._max_batch_rows:
-            taken, place, line = turns[0]
-            entry = next(line, None)
+            taken, place, queue = turns[0]
+            entry = next(queue, None)
             if entry is None:
                 heapq.heappop(turns)
                 continue
@@ -497,7 +503,7 @@ class MicroBatcher:
                 continue
             entries.append(entry)
             count, deadline_ns = joint_count, joint_deadline_ns
-            heapq.heapreplace(turns, (taken + entry.count, place, line))
+            heapq.heapreplace(turns, (taken + entry.count, place, queue))
         for entry in gone:
             self._dismiss(entry, _no_time_left())
         return entries, is_cut_short

@@ -42,6 +42,9 @@ class ControlError(Exception):
 class ControlChannel:
     """The supervisor's end: asks, and hears of events.
 
+    Attributes:
+        is_lost: nothing will be answered any more.
+
     Threads: belongs to one event loop.
     """
 
@@ -53,7 +56,7 @@ class ControlChannel:
         self._on_event = on_event
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Facts]] = {}
-        self._is_lost = False
+        self.is_lost = False
 
     async def listen(self) -> None:
         """Hands answers and events on until the child's output ends; then everything that waits fails.
@@ -65,7 +68,7 @@ class ControlChannel:
             while line := await self._reader.readline():
                 self._receive(json.loads(line))
         finally:
-            self._is_lost = True
+            self.is_lost = True
             for answer in self._waiting.values():
                 if not answer.done():
                     answer.set_exception(_lost())
@@ -76,7 +79,7 @@ class ControlChannel:
         Raises:
             ControlError: it refused, with its reason; WORKER_LOST, where it ended instead.
         """
-        if self._is_lost:
+        if self.is_lost:
             raise _lost()
         number = next(self._numbers)
         answer: asyncio.Future[Facts] = asyncio.get_running_loop().create_future()

@@ -51,5 +51,5 @@ def quoted(text: str) -> str:
 def log_incident(what: str, error: BaseException) -> str:
     """Logs `error` with its traceback under a fresh id, and returns the id: all of it that a caller may see."""
     incident = uuid.uuid4().hex[:12]
-    _logger.error("%s, id %s", what, incident, exc_info=error)
+    _logger.error("%s, id %s", what, incident, exc_info=error, extra={"incident": incident})
     return incident

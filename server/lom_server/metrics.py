@@ -8,20 +8,22 @@ No label comes from a caller: policies, versions, variants and scores are those 
 """
 
 import copy
+import functools
+import math
 import os
 import socket
 import threading
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any, Self, TypeAlias, TypedDict, TypeVar
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 from wsgiref.types import StartResponse, WSGIEnvironment
 
-import numpy as np
 from prometheus_client import CollectorRegistry, ProcessCollector, make_wsgi_app
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -34,7 +36,6 @@ from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.registry import Collector
 
 from lom_api.reasons import Reason
-from lom_server.batcher import Array
 from lom_server.config import host_and_port
 from lom_server.errors import StartError, log_incident
 from lom_server.service import ActReply, ActRequest, PolicyVersions
@@ -44,7 +45,7 @@ MAX_POLICIES = 64
 MAX_VERSIONS = 16
 
 DURATION_BOUNDS_NS = tuple(
-    microseconds * 1000
+    1000 * microseconds
     for microseconds in (100, 250, 500, 1000, 2500, 5000, 10_000, 25_000, 50_000, 100_000, 250_000, 500_000, 1_000_000)
 )
 BATCH_BOUNDS = tuple(2**power for power in range(17))
@@ -53,17 +54,13 @@ MARGIN_BOUNDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0
 
 _PHASES = ("queue", "inference", "total")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-_SCRAPE_LIMIT_S = 5.0
+_SILENCE_LIMIT_S = 2.0
 _MAX_SCRAPES = 8
 _POLL_S = 0.1
 
 _VARIANT_LABELS = ("policy", "version", "variant")
 
 _Number = TypeVar("_Number", int, float)
-# Answers that wait to be counted: few enough for all of them to take less than one unary call.
-_MAX_PENDING = 64
-_MAX_PENDING_ROWS = 1024
-
 _Version: TypeAlias = "tuple[str, int]"
 _Variant: TypeAlias = "tuple[str, int, str]"
 
@@ -107,10 +104,6 @@ class VariantCounts(TypedDict):
     forced_modes: int
     clamped: int
     warnings: dict[str, int]
-
-
-_Pending: TypeAlias = "tuple[VariantCounts, ActReply, int, int, int | None, Array | None]"
-"""Where to count, the answer, its total and Unix time in nanoseconds, the mode asked for and the previous modes."""
 
 
 class ServedVersion(TypedDict):
@@ -158,7 +151,8 @@ def merge(a: Snapshot, b: Snapshot) -> Snapshot:
     for entry in b["served"]:
         known = served.setdefault((entry["policy"], entry["version"]), entry.copy())
         known["is_default"] |= entry["is_default"]
-    kept = _kept_versions(variants.values(), served)
+    ranked = ((counts["policy"], counts["version"], counts["last_ms"]) for counts in variants.values())
+    kept = _kept_versions(ranked, served)
     listed = {"", *(policy for policy, _ in kept)}
     return Snapshot(
         variants=[counts for key, counts in variants.items() if not key[0] or key[:2] in kept],
@@ -203,6 +197,101 @@ class PolicyStatistics:
     runs: Mapping[int, Duration]
 
 
+def _no_values(bounds: Sequence[float]) -> list[float]:
+    return [0] * (len(bounds) + 1)
+
+
+@dataclass(kw_only=True, slots=True)
+class _Tally:
+    """`VariantCounts` while they grow: attributes and lists, and neither numpy nor anything put off until later.
+
+    Between everything else that a server does, a call of numpy or a look at an answer of some while ago costs several
+    times what it does alone.
+    """
+
+    policy: str
+    version: int
+    variant: str
+    last_ns: int = 0
+    queue: list[float] = field(default_factory=functools.partial(_no_values, DURATION_BOUNDS_NS))
+    queue_ns: int = 0
+    inference: list[float] = field(default_factory=functools.partial(_no_values, DURATION_BOUNDS_NS))
+    inference_ns: int = 0
+    total: list[float] = field(default_factory=functools.partial(_no_values, DURATION_BOUNDS_NS))
+    total_ns: int = 0
+    batches: list[float] = field(default_factory=functools.partial(_no_values, BATCH_BOUNDS))
+    batch_ns: list[float] = field(default_factory=functools.partial(_no_values, BATCH_BOUNDS))
+    rows: int = 0
+    margin: list[float] = field(default_factory=functools.partial(_no_values, MARGIN_BOUNDS))
+    margin_sum: float = 0.0
+    modes: list[float] = field(default_factory=list)
+    mode_switches: int = 0
+    forced_modes: int = 0
+    clamped: int = 0
+    warnings: dict[str, int] = field(default_factory=dict)
+
+    def make_room(self, components: int, scores: Iterable[str]) -> None:
+        """For so many components, and for `scores`; a version may be replaced under its number."""
+        self.modes += [0] * (components - len(self.modes))
+        self.warnings = dict.fromkeys(scores, 0) | self.warnings
+
+    def count(self, request: ActRequest, reply: ActReply, total_ns: int) -> None:
+        """Takes an answer in."""
+        self.last_ns = time.time_ns()
+        queue_ns, inference_ns = reply.queue_ns, reply.inference_ns
+        self.queue[bisect_left(DURATION_BOUNDS_NS, queue_ns)] += 1
+        self.queue_ns += queue_ns
+        self.inference[bisect_left(DURATION_BOUNDS_NS, inference_ns)] += 1
+        self.inference_ns += inference_ns
+        self.total[bisect_left(DURATION_BOUNDS_NS, total_ns)] += 1
+        self.total_ns += total_ns
+        rows = len(reply.action)
+        self.rows += rows
+        batch, share = bisect_left(BATCH_BOUNDS, reply.batch_rows), rows / reply.batch_rows
+        self.batches[batch] += share
+        self.batch_ns[batch] += share * inference_ns
+        if reply.is_clamped:
+            self.clamped += 1
+        for name, score in reply.scores.items():
+            if name in self.warnings:
+                self.warnings[name] += sum(score.warns.tolist())
+        if request.mode is not None:
+            self.forced_modes += rows
+        if reply.mode is not None:
+            modes = reply.mode.tolist()
+            for mode in modes:
+                if 0 <= mode < len(self.modes):
+                    self.modes[mode] += 1
+            if request.previous_mode is not None:
+                for mode, previous in zip(modes, request.previous_mode.tolist(), strict=True):
+                    self.mode_switches += previous not in (-1, mode)
+        if reply.margin is not None:
+            for margin in reply.margin.tolist():
+                if math.isfinite(margin):
+                    self.margin[bisect_left(MARGIN_BOUNDS, margin)] += 1
+                    self.margin_sum += margin
+
+    def counts(self) -> VariantCounts:
+        """The numbers so far."""
+        return VariantCounts(
+            policy=self.policy,
+            version=self.version,
+            variant=self.variant,
+            last_ms=self.last_ns // 1_000_000,
+            queue=Histogram(buckets=self.queue.copy(), sum=self.queue_ns),
+            inference=Histogram(buckets=self.inference.copy(), sum=self.inference_ns),
+            total=Histogram(buckets=self.total.copy(), sum=self.total_ns),
+            batches=Histogram(buckets=self.batches.copy(), sum=self.rows),
+            batch_ns=self.batch_ns.copy(),
+            margin=Histogram(buckets=self.margin.copy(), sum=self.margin_sum),
+            modes=self.modes.copy(),
+            mode_switches=self.mode_switches,
+            forced_modes=self.forced_modes,
+            clamped=self.clamped,
+            warnings=self.warnings.copy(),
+        )
+
+
 class RequestMetrics:
     """Counts the requests of one worker; a `lom_server.service.Observer`.
 
@@ -210,17 +299,14 @@ class RequestMetrics:
     """
 
     def __init__(self) -> None:
-        self._unlisted = _no_counts("", 0, "", components=0, scores=())
-        self._variants: dict[_Variant, VariantCounts] = {}
+        self._unlisted = _Tally(policy="", version=0, variant="")
+        self._tallies: dict[_Variant, _Tally] = {}
         self._served: dict[str, list[ServedVersion]] = {}
         self._requests: dict[str, dict[str, int]] = {"": {OK: 0}}
         self._refusals: dict[str, int] = {}
-        self._pending: list[_Pending] = []
-        self._pending_rows = 0
 
     def publish(self, name: str, policy: PolicyVersions) -> None:
         """Counts for `policy` under its own labels from now on; to be told of every change of the loaded table."""
-        self._count_pending()
         self._served[name] = [
             ServedVersion(
                 policy=name,
@@ -235,20 +321,17 @@ class RequestMetrics:
         for version, served in policy.versions.items():
             manifest = served.manifest
             for variant, graph in manifest.variants.items():
-                fresh = _no_counts(
-                    name,
-                    version,
-                    variant,
-                    components=manifest.num_components if "mode" in graph.outputs else 0,
-                    scores=[score for score, warning in manifest.warnings.items() if variant in warning.thresholds],
+                self._tallies.setdefault(
+                    (name, version, variant), _Tally(policy=name, version=version, variant=variant)
+                ).make_room(
+                    manifest.num_components if "mode" in graph.outputs else 0,
+                    [score for score, warning in manifest.warnings.items() if variant in warning.thresholds],
                 )
-                known = self._variants.get((name, version, variant))
-                self._variants[name, version, variant] = _summed_variants(known, fresh) if known else fresh
-        served_versions = [
-            (entry["policy"], entry["version"]) for entries in self._served.values() for entry in entries
-        ]
-        kept = _kept_versions(self._variants.values(), served_versions)
-        self._variants = {key: counts for key, counts in self._variants.items() if key[:2] in kept}
+        kept = _kept_versions(
+            ((tally.policy, tally.version, tally.last_ns) for tally in self._tallies.values()),
+            {(entry["policy"], entry["version"]) for entries in self._served.values() for entry in entries},
+        )
+        self._tallies = {key: tally for key, tally in self._tallies.items() if key[:2] in kept}
         self._requests = {name: self._requests.get(name, {OK: 0}) for name in ("", *(name for name, _ in kept))}
 
     def withdraw(self, name: str) -> None:
@@ -256,13 +339,10 @@ class RequestMetrics:
         self._served.pop(name, None)
 
     def answered(self, request: ActRequest, reply: ActReply, total_ns: int) -> None:
-        """Counts an answer, soon: many at a time are counted for the price of a few."""
-        counts = self._variants.get((reply.policy, reply.version, reply.variant), self._unlisted)
-        # Not the request itself: it may hold megabytes.
-        self._pending.append((counts, reply, total_ns, time.time_ns(), request.mode, request.previous_mode))
-        self._pending_rows += len(reply.action)
-        if len(self._pending) >= _MAX_PENDING or self._pending_rows >= _MAX_PENDING_ROWS:
-            self._count_pending()
+        """Counts an answer."""
+        tally = self._tallies.get((reply.policy, reply.version, reply.variant), self._unlisted)
+        self._requests[tally.policy][OK] += 1
+        tally.count(request, reply, total_ns)
 
     def refused(self, policy: str, reason: Reason) -> None:
         """Counts a refusal; of a policy that is not listed, without a name."""
@@ -272,12 +352,9 @@ class RequestMetrics:
 
     def snapshot(self, *, queue_rows: int = 0, streams: int = 0, dropped_log_lines: int = 0) -> Snapshot:
         """What this worker counted since its start, and what it holds now."""
-        self._count_pending()
-        variants = list(self._variants.values())
-        if self._requests[""][OK]:
-            variants.append(self._unlisted)
+        tallies = [*self._tallies.values(), *([self._unlisted] if self._requests[""][OK] else [])]
         return Snapshot(
-            variants=copy.deepcopy(variants),
+            variants=[tally.counts() for tally in tallies],
             served=[entry.copy() for entries in self._served.values() for entry in entries],
             requests=copy.deepcopy(self._requests),
             refusals=self._refusals.copy(),
@@ -288,13 +365,13 @@ class RequestMetrics:
 
     def statistics(self, policy: str, version: int) -> PolicyStatistics:
         """The numbers of one version, all its variants together; zeros where nothing was counted."""
-        self._count_pending()
-        counts = _no_counts(policy, version, "", components=0, scores=())
-        for (name, number, _), of_variant in self._variants.items():
+        counts = _Tally(policy=policy, version=version, variant="").counts()
+        for (name, number, _), tally in self._tallies.items():
             if (name, number) == (policy, version):
-                counts = _summed_variants(counts, of_variant)
+                counts = _summed_variants(counts, tally.counts())
         refusals = sum(count for code, count in self._requests.get(policy, {}).items() if code != OK)
-        runs = zip((*BATCH_BOUNDS, 2 * BATCH_BOUNDS[-1]), counts["batches"]["buckets"], counts["batch_ns"], strict=True)
+        sizes = (*BATCH_BOUNDS, 2 * BATCH_BOUNDS[-1])
+        runs = zip(sizes, counts["batches"]["buckets"], counts["batch_ns"], strict=True)
         return PolicyStatistics(
             last_answer_ms=counts["last_ms"],
             answered=_duration(counts["total"]),
@@ -303,17 +380,6 @@ class RequestMetrics:
             inferred=_duration(counts["inference"]),
             runs={rows: Duration(count=round(count), ns=round(ns)) for rows, count, ns in runs if round(count)},
         )
-
-    def _count_pending(self) -> None:
-        by_variant: dict[int, list[_Pending]] = {}
-        for entry in self._pending:
-            by_variant.setdefault(id(entry[0]), []).append(entry)
-        self._pending = []
-        self._pending_rows = 0
-        for entries in by_variant.values():
-            counts = entries[0][0]
-            self._requests[counts["policy"]][OK] += len(entries)
-            _count(counts, entries)
 
 
 class Totals:
@@ -482,7 +548,7 @@ class _Ipv6HttpServer(_HttpServer):
 
 
 class _QuietHandler(WSGIRequestHandler):
-    timeout = _SCRAPE_LIMIT_S
+    timeout = _SILENCE_LIMIT_S
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         pass
@@ -599,77 +665,8 @@ def _add_histogram(
     family.add_metric(labels, list(zip(names, cumulative, strict=True)), histogram["sum"] / unit)
 
 
-def _count(counts: VariantCounts, entries: Sequence[_Pending]) -> None:
-    _, replies, total_ns, answered_ns, forced_modes, previous_modes = zip(*entries, strict=True)
-    counts["last_ms"] = answered_ns[-1] // 1_000_000
-    inference_ns = [reply.inference_ns for reply in replies]
-    _observe(counts["queue"], DURATION_BOUNDS_NS, [reply.queue_ns for reply in replies])
-    _observe(counts["inference"], DURATION_BOUNDS_NS, inference_ns)
-    _observe(counts["total"], DURATION_BOUNDS_NS, total_ns)
-    rows = np.array([len(reply.action) for reply in replies])
-    batch_rows = np.array([reply.batch_rows for reply in replies])
-    shares = rows / batch_rows
-    buckets = np.searchsorted(BATCH_BOUNDS, batch_rows)
-    _add(counts["batches"]["buckets"], np.bincount(buckets, shares))
-    _add(counts["batch_ns"], np.bincount(buckets, shares * inference_ns))
-    counts["batches"]["sum"] += int(rows.sum())
-    counts["clamped"] += sum(reply.is_clamped for reply in replies)
-    for name in counts["warnings"]:
-        warns = _joined(reply.scores[name].warns for reply in replies if name in reply.scores)
-        counts["warnings"][name] += int(np.count_nonzero(warns))
-    modes = _joined(reply.mode for reply in replies if reply.mode is not None)
-    is_component = (modes >= 0) & (modes < len(counts["modes"]))
-    _add(counts["modes"], np.bincount(modes[is_component].astype(np.intp)))
-    margins = _joined(reply.margin for reply in replies if reply.margin is not None)
-    _observe(counts["margin"], MARGIN_BOUNDS, margins[np.isfinite(margins)].tolist())
-    for reply, forced_mode, previous in zip(replies, forced_modes, previous_modes, strict=True):
-        if forced_mode is not None:
-            counts["forced_modes"] += len(reply.action)
-        if previous is not None and reply.mode is not None:
-            counts["mode_switches"] += int(np.count_nonzero((previous >= 0) & (previous != reply.mode)))
-
-
-def _joined(arrays: Iterable[Array]) -> Array:
-    parts = list(arrays)
-    return np.concatenate(parts) if parts else np.zeros(0)
-
-
-def _observe(histogram: Histogram, bounds: Sequence[float], values: Sequence[float]) -> None:
-    _add(histogram["buckets"], np.bincount(np.searchsorted(bounds, values)))
-    histogram["sum"] += sum(values)
-
-
-def _add(counts: list[float], added: Array) -> None:
-    for place, count in enumerate(added.tolist()):
-        counts[place] += count
-
-
 def _duration(histogram: Histogram) -> Duration:
     return Duration(count=round(sum(histogram["buckets"])), ns=round(histogram["sum"]))
-
-
-def _no_counts(policy: str, version: int, variant: str, *, components: int, scores: Iterable[str]) -> VariantCounts:
-    return VariantCounts(
-        policy=policy,
-        version=version,
-        variant=variant,
-        last_ms=0,
-        queue=_no_values(DURATION_BOUNDS_NS),
-        inference=_no_values(DURATION_BOUNDS_NS),
-        total=_no_values(DURATION_BOUNDS_NS),
-        batches=_no_values(BATCH_BOUNDS),
-        batch_ns=[0] * (len(BATCH_BOUNDS) + 1),
-        margin=_no_values(MARGIN_BOUNDS),
-        modes=[0] * components,
-        mode_switches=0,
-        forced_modes=0,
-        clamped=0,
-        warnings=dict.fromkeys(scores, 0),
-    )
-
-
-def _no_values(bounds: Sequence[float]) -> Histogram:
-    return Histogram(buckets=[0] * (len(bounds) + 1), sum=0)
 
 
 def _summed_variants(a: VariantCounts, b: VariantCounts) -> VariantCounts:
@@ -704,13 +701,17 @@ def _summed(a: Mapping[str, _Number], b: Mapping[str, _Number]) -> dict[str, _Nu
     return {name: a.get(name, 0) + b.get(name, 0) for name in (*a, *b)}
 
 
-def _kept_versions(variants: Iterable[VariantCounts], served: Collection[_Version]) -> set[_Version]:
-    """The versions with labels of their own: before all others those that are served, then those that answered last."""
+def _kept_versions(answered: Iterable[tuple[str, int, int]], served: Collection[_Version]) -> set[_Version]:
+    """The versions with labels of their own: before all others those that are served, then those that answered last.
+
+    Args:
+        answered: policy, version and the time of its last answer; several for one version where it has variants.
+    """
     rank: dict[_Version, tuple[bool, int]] = {}
-    for counts in variants:
-        key = counts["policy"], counts["version"]
-        if key[0]:
-            rank[key] = max(rank.get(key, (False, 0)), (key in served, counts["last_ms"]))
+    for policy, version, last in answered:
+        key = policy, version
+        if policy:
+            rank[key] = max(rank.get(key, (False, 0)), (key in served, last))
     versions_kept: Counter[str] = Counter()
     kept: set[_Version] = set()
     for policy, version in sorted(rank, key=lambda key: rank[key], reverse=True):

@@ -48,6 +48,7 @@ class RunWatch:
                 seconds = engine.running_for_ns * 1e-9
                 if seconds > 2 * self._limit_s:
                     _logger.critical("a run could not be stopped after %.3g s; this process ends", seconds)
+                    logging.shutdown()  # lines are written by another thread
                     os._exit(EXIT_HUNG)
                 if seconds > self._limit_s and engine is not stopped:
                     _logger.error("a run was stopped: expected at most %g s, took %.3g s", self._limit_s, seconds)

@@ -3,6 +3,7 @@
 Works on dataclasses and numpy arrays, so that every edge, and a caller in the same process, meets the same checks.
 """
 
+import asyncio
 import math
 import re
 import time
@@ -28,6 +29,7 @@ _MOST_NAMES_LISTED = 8
 _SMALLEST_NORMAL = np.finfo(np.float32).tiny
 # Sensors and environments miss a float32 bound by rounding.
 _BOUND_TOLERANCE = 1e-5
+_CLOCKS_APART_NS = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -237,10 +239,21 @@ class PolicyService:
         try:
             reply = await self._answer(request, deadline_ns)
         except PolicyError as error:
-            self.observer.refused(request.policy if request.policy in self._policies else "", error.reason)
+            self._count_refusal(request, error.reason)
+            raise
+        except asyncio.CancelledError:
+            # gRPC cancels when the caller's deadline passes, too; its clock and ours are not quite one.
+            is_over = time.monotonic_ns() >= deadline_ns - _CLOCKS_APART_NS
+            self._count_refusal(request, Reason.DEADLINE_EXCEEDED if is_over else Reason.CANCELLED)
+            raise
+        except Exception:
+            self._count_refusal(request, Reason.INTERNAL_ERROR)
             raise
         self.observer.answered(request, reply, time.monotonic_ns() - start_ns)
         return reply
+
+    def _count_refusal(self, request: ActRequest, reason: Reason) -> None:
+        self.observer.refused(request.policy if request.policy in self._policies else "", reason)
 
     def find(self, name: str, version: int = 0) -> ServedPolicy:
         """A version of the policy of that name; of the only policy where the name is empty.

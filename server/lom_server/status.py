@@ -50,6 +50,7 @@ _CODES: Mapping[Reason, grpc.StatusCode] = {
     Reason.STREAM_IDLE: grpc.StatusCode.DEADLINE_EXCEEDED,
     Reason.SUPERSEDED: grpc.StatusCode.ABORTED,
     Reason.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Reason.CANCELLED: grpc.StatusCode.CANCELLED,
     Reason.MODEL_LOADING: grpc.StatusCode.UNAVAILABLE,
     Reason.DRAINING: grpc.StatusCode.UNAVAILABLE,
     Reason.AUTH_REQUIRED: grpc.StatusCode.UNAUTHENTICATED,

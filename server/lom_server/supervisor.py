@@ -285,9 +285,6 @@ class Supervisor:
                 await self._prove_and_load(policy, version, path)
             except ControlError:  # kept in `_failures`
                 continue
-        if policy not in self._published:
-            async with self._change:
-                await self._withdraw(policy, Reason.MODEL_FAILED)
 
     async def _bring_up(self, worker: WorkerProcess) -> None:
         """Makes a new worker hold and serve what the others do, before anybody can reach it."""
@@ -353,15 +350,23 @@ class Supervisor:
             del self._loading[policy]
 
     async def _prove_and_load(self, policy: str, version: int, path: Path, *, promote: bool = False) -> None:
+        await self._say_why_missing(policy, Reason.MODEL_LOADING)
         try:
             proof = await prove(path, self._config)
             await self._load(policy, version, Version(path=path, proof=proof), promote=promote)
         except ControlError as error:
             self._failures[policy, version] = error
             self.pool.totals.loaded(error.reason)
+            await self._say_why_missing(policy, Reason.MODEL_FAILED)
             raise
         self._failures.pop((policy, version), None)
         self.pool.totals.loaded()
+
+    async def _say_why_missing(self, policy: str, reason: Reason) -> None:
+        """What callers of `policy` are told as long as nothing is served under that name."""
+        async with self._change:
+            if policy not in self._published:
+                await self._withdraw(policy, reason)
 
     async def _load(self, policy: str, number: int, version: Version, *, promote: bool) -> None:
         async with self._change:
@@ -493,8 +498,9 @@ def _default_of(published: Published) -> str:
 def _only(published: Published, versions: Mapping[int, Version]) -> Published:
     """`published` with nothing but `versions`; the newest of them by default, where the default is not among them."""
     default = published.default_version if published.default_version in versions else max(versions)
-    previous = published.previous_version if published.previous_version in versions else 0
-    return Published(versions=versions, default_version=default, previous_version=previous)
+    previous = published.previous_version
+    is_left = previous in versions and previous != default
+    return Published(versions=versions, default_version=default, previous_version=previous if is_left else 0)
 
 
 def _check_loaded(published: Published, version: int) -> None:

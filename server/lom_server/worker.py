@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from lom_api.reasons import Reason
 from lom_server.batcher import MicroBatcher
@@ -24,10 +24,13 @@ from lom_server.edges.policy_edge import PolicyEdge
 from lom_server.engine import OnnxEngine
 from lom_server.errors import StartError, log_incident
 from lom_server.loading import LoadedPolicy, load_policy
-from lom_server.logs import configure_logs
+from lom_server.logs import LogHandler, configure_logs
 from lom_server.metrics import RequestMetrics
 from lom_server.run_watch import RunWatch
 from lom_server.service import PolicyService, PolicyVersions
+
+if TYPE_CHECKING:
+    from lom_server.tracing import Tracer
 
 EXIT_REFUSED = 1
 
@@ -44,24 +47,28 @@ class Worker:
     Threads: belongs to one event loop.
     """
 
-    def __init__(self, config: ServerConfig, on_hung: Callable[[], None]) -> None:
+    def __init__(self, config: ServerConfig, logs: LogHandler, on_hung: Callable[[], None]) -> None:
         """`on_hung` is called in a thread of its own, when a run was stopped.
 
         Raises:
             StartError: tokens or certificates are not usable.
         """
         self._config = config
+        self._logs = logs
         self._loaded: dict[_Key, LoadedPolicy] = {}
         self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lom-loader")
         self._batcher = MicroBatcher(max_batch_rows=config.max_batch_rows, max_queue_rows=config.max_queue_rows)
         self._metrics = RequestMetrics()
-        self._service = PolicyService(batcher=self._batcher, observer=self._metrics)
+        self._tracer = _tracer() if config.traces else None
+        observer = self._metrics if self._tracer is None else self._tracer.observing(self._metrics)
+        self._service = PolicyService(batcher=self._batcher, observer=observer)
         self._authenticator = None if config.tokens is None else Authenticator(config.tokens)
         self._listener = Listener(
             ListenerLimits.of(config),
             authenticator=self._authenticator,
             credentials=server_credentials(config),
             observe_refusal=lambda reason: self._metrics.refused("", reason),
+            tracer=self._tracer,
         )
         PolicyEdge(self._service).register(self._listener)
         OpenInferenceEdge(
@@ -150,7 +157,12 @@ class Worker:
 
     async def measure(self, _: Facts) -> Facts:
         """What was counted so far."""
-        return {"metrics": self._metrics.snapshot(queue_rows=self._batcher.waiting_rows)}
+        snapshot = self._metrics.snapshot(
+            queue_rows=self._batcher.waiting_rows,
+            streams=self._listener.open_streams,
+            dropped_log_lines=self._logs.dropped_lines,
+        )
+        return {"metrics": snapshot}
 
     async def reload_tokens(self, _: Facts) -> Facts:
         """Reads the file of tokens again."""
@@ -163,8 +175,19 @@ class Worker:
         self._service.drain()
         return {"was_clean": await self._listener.drain(self._config.grace_s)}
 
+    def close(self) -> None:
+        """Exports the spans that are left. Blocks."""
+        if self._tracer is not None:
+            self._tracer.close()
+
     def _watched_engines(self) -> Iterable[OnnxEngine]:
         return [engine for known in self._engines if (engine := known()) is not None]
+
+
+def _tracer() -> "Tracer":
+    from lom_server.tracing import create_tracer  # here: OpenTelemetry is installed where traces are wanted
+
+    return create_tracer()
 
 
 def _key(facts: Facts) -> _Key:
@@ -176,17 +199,17 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # a terminal and a service manager signal the whole group
     config = ServerConfig.from_json(sys.argv[1])
-    configure_logs(config.log_format, config.log_level)
-    asyncio.run(_serve(config))
+    asyncio.run(_serve(config, configure_logs(config.log_format, config.log_level)))
 
 
-async def _serve(config: ServerConfig) -> None:
+async def _serve(config: ServerConfig, logs: LogHandler) -> None:
     """Does not return: a load, a run or a caller that is left must not keep the process, and with it the port."""
     supervisor = CommandLoop()
     status = EXIT_REFUSED
     try:
-        worker = Worker(config, on_hung=lambda: supervisor.tell(HUNG))
+        worker = Worker(config, logs, on_hung=lambda: supervisor.tell(HUNG))
         await supervisor.run(worker.commands)
+        worker.close()
         status = 0
     except StartError as error:
         _logger.error("not started: %s", error)

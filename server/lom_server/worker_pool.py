@@ -1,7 +1,7 @@
 """The worker processes of one server: started, watched, replaced when they die or hang, drained at the end."""
 
 import asyncio
-import contextlib
+import itertools
 import logging
 import sys
 import time
@@ -72,19 +72,16 @@ class WorkerProcess:
 
     async def kill(self) -> None:
         """Ends it at once."""
-        self._kill()
-        await asyncio.wait({self._following})
-
-    def _kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
+        if not self._channel.is_lost:  # then it ends already, and asyncio would lose its exit status
             self.process.kill()
+        await asyncio.wait({self._following})
 
     async def _follow(self) -> None:
         try:
             await self._channel.listen()
         except (ValueError, LookupError, TypeError) as error:
             log_incident(f"worker {self.number} cannot be understood", error)
-        self._kill()
+            self.process.kill()
         await self.process.wait()
         self.is_done_for.set()
 
@@ -106,7 +103,7 @@ class WorkerPool:
         self._workers: dict[int, WorkerProcess] = {}
         self._keepers: set[asyncio.Task[None]] = set()
         self._retiring: set[asyncio.Task[bool]] = set()
-        self._started = 0
+        self._numbers = itertools.count(1)
         # A run may hold a worker's event loop until the worker itself stops it, or ends.
         self._answer_limit_s = max(_ANSWER_LIMIT_S, 2 * config.run_limit_s)
         self.totals = Totals()
@@ -172,7 +169,7 @@ class WorkerPool:
         return self._config.grace_s + self._answer_limit_s
 
     async def _start_worker(self) -> WorkerProcess:
-        self._started += 1
+        number = next(self._numbers)
         try:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "lom_server.worker", self._config.to_json()),
@@ -183,7 +180,7 @@ class WorkerPool:
             )
         except OSError:
             raise ControlError(Reason.WORKER_LOST, "no process to serve in could be started") from None
-        worker = WorkerProcess(number=self._started, process=process)
+        worker = WorkerProcess(number=number, process=process)
         try:
             await worker.ask("measure", limit_s=self._config.load_limit_s)  # it is up when it answers
             await self._bring_up(worker)

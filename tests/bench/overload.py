@@ -4,11 +4,13 @@
 
 Prints Markdown tables: the capacity of an engine that burns about 10 ms of one core a run; then 0.8, 2, 10 and 0.8
 times that, each request with 50 ms to live, with admission by deadline and without; then the price of `submit` over a
-bare run. In this process alone, without a transport: `offer` takes whatever answers a request.
+bare run, and of a refusal. In this process alone, without a transport: `offer` takes whatever answers a request. Wants
+a machine with nothing else to do; the load average is printed.
 """
 
 import asyncio
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -24,7 +26,7 @@ from lom_server.errors import PolicyError
 from tests.support.engines import SteadyEngine
 
 DEADLINE_S = 0.05
-STEP_S = 5.0
+STEP_S = 4.0
 STEPS = (0.8, 2.0, 10.0, 0.8)
 CLIENTS = 16
 FAR_NS = 3600 * 10**9
@@ -138,7 +140,8 @@ async def overload(max_batch_rows: int, engine: SteadyEngine, *, has_admission: 
     batcher = MicroBatcher(max_batch_rows=max_batch_rows, max_queue_rows=4096)
     submit = into_batcher(batcher, lane_of(engine, max_batch_rows, has_admission=has_admission))
     most = await capacity(submit, at_once=2 * max_batch_rows, seconds=2.0)
-    print(f"\nBatches of up to {max_batch_rows}, capacity {most:.0f}/s, admission by deadline: {has_admission}\n")
+    print(f"\nBatches of up to {max_batch_rows}, capacity {most:.0f}/s, admission by deadline: {has_admission}.")
+    print(f"Load average {os.getloadavg()[0]:.1f}.\n")
     print("| load | offered/s | goodput/s | of capacity | answered p50 / p99 ms | refused p50 / p99 ms | expired |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for step in STEPS:
@@ -172,6 +175,33 @@ async def price_of_submit() -> None:
     print(f"| {statistics.median(bare_ns) / 1e3:.1f} | {statistics.median(submitted_ns) / 1e3:.1f} | {extra_us:.1f} |")
 
 
+async def price_of_refusal() -> None:
+    """Prints what it takes to refuse a deadline, with few and with many clients waiting."""
+    print("\n| clients | rows waiting | refusal µs |\n| --- | --- | --- |")
+    for clients, each in ((1, 128), (16, 16), (256, 16)):
+        engine = SteadyEngine(run_ns=300_000_000)
+        lane = Lane(
+            engine=engine, graph="actor", outputs=("action",), inline_rows=0, cost=RunCost({1: engine.cost_ns(1)})
+        )
+        batcher = MicroBatcher(max_batch_rows=64, max_queue_rows=4096)
+        rows: Rows = {"observation": np.ones((1, 8), np.float32)}
+        waiting = [
+            asyncio.create_task(batcher.submit(lane, rows, time.monotonic_ns() + FAR_NS, client=f"robot-{number}"))
+            for number in [*range(clients)] * each
+        ]
+        await asyncio.sleep(0.01)
+        refusals_ns = []
+        for _ in range(1000):
+            start_ns = time.perf_counter_ns()
+            try:
+                await batcher.submit(lane, rows, time.monotonic_ns() + 10_000_000, client="robot-0")
+            except PolicyError:
+                refusals_ns.append(time.perf_counter_ns() - start_ns)
+        print(f"| {clients} | {batcher.waiting_rows} | {statistics.median(refusals_ns) / 1e3:.1f} |")
+        batcher.close()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
 def _quantiles(seconds: Sequence[float]) -> str:
     if not seconds:
         return ""
@@ -186,6 +216,7 @@ def main() -> None:
         engine = SteadyEngine(run_ns=6_000_000, row_ns=500_000)
         asyncio.run(overload(8, engine, has_admission=has_admission))
     asyncio.run(price_of_submit())
+    asyncio.run(price_of_refusal())
 
 
 if __name__ == "__main__":

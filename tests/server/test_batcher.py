@@ -435,6 +435,27 @@ async def test_rule_5_the_rest_of_the_run_under_way_counts(
     await all_wait(batcher, 1)
     engine.gate.set()
     await asyncio.gather(busy, admitted)
+    # Both ended sooner than was thought. Nothing is left of them.
+    await submitted(batcher, costly_lane(engine, {1: 1}), 1, deadline_ns=clock.now_ns + 1 * MS)
+
+
+async def test_rule_5_a_later_batch_is_expected_to_be_full(
+    batcher: MicroBatcher, engine: BurningEngine, clock: ManualClock
+) -> None:
+    busy = await occupy(batcher, engine)
+    lane = costly_lane(engine, {1: 10, 8: 80})
+    first = submitted(batcher, lane, 1)
+    await all_wait(batcher, 1)
+    refusal = await refusal_of(submitted(batcher, lane, 2, 8, deadline_ns=clock.now_ns + 89 * MS))
+    assert (refusal.reason, refusal.retry_after_ms) == (Reason.DEADLINE_INFEASIBLE, 1)
+    joined = submitted(batcher, lane, 2, 7)
+    await all_wait(batcher, 8)
+    refusal = await refusal_of(submitted(batcher, lane, 2, deadline_ns=clock.now_ns + 159 * MS))
+    assert (refusal.reason, refusal.retry_after_ms) == (Reason.DEADLINE_INFEASIBLE, 1)
+    second = submitted(batcher, lane, 2, deadline_ns=clock.now_ns + 160 * MS)
+    await all_wait(batcher, 9)
+    engine.gate.set()
+    await asyncio.gather(busy, first, joined, second)
 
 
 async def test_rule_5_what_would_be_served_before_counts_and_nothing_else(
@@ -462,20 +483,42 @@ async def test_rule_5_a_client_in_many_lanes_has_one_turn_before_another(
 ) -> None:
     lane = costly_lane(engine, {1: 10, 8: 10})
     busy = await occupy(batcher, engine, costly_lane(engine, {1: 10}))
-    others = [costly_lane(engine, {1: 5, 8: 5}) for _ in range(3)]
+    others = [costly_lane(engine, {1: 5, 8: 40}) for _ in range(3)]
     waiting = [submitted(batcher, other, 1, 4, client="many") for other in others]
     await all_wait(batcher, 12)
 
     def in_time(client: str, ms: int) -> "asyncio.Task[Answer]":
         return submitted(batcher, lane, 2, deadline_ns=clock.now_ns + ms * MS, client=client)
 
-    assert (await refusal_of(in_time("many", 34))).reason is Reason.DEADLINE_INFEASIBLE  # 10 + 3 x 5 + 10
-    assert (await refusal_of(in_time("one", 24))).reason is Reason.DEADLINE_INFEASIBLE  # 10 + 5 + 10
-    admitted = in_time("one", 25)
+    assert (await refusal_of(in_time("many", 79))).reason is Reason.DEADLINE_INFEASIBLE  # 10 + 3 x 20 + 10
+    assert (await refusal_of(in_time("one", 39))).reason is Reason.DEADLINE_INFEASIBLE  # 10 + a batch + 10
+    admitted = in_time("one", 40)
     await all_wait(batcher, 13)
     engine.gate.set()
     await asyncio.gather(busy, *waiting, admitted)
     assert later_batches(engine) == [[1] * 4, [2], [1] * 4, [1] * 4]
+
+
+async def test_rule_5_what_no_longer_waits_no_longer_counts(
+    batcher: MicroBatcher, engine: BurningEngine, clock: ManualClock
+) -> None:
+    lane = costly_lane(engine, {1: 10, 8: 10})
+    busy = await occupy(batcher, engine, costly_lane(engine, {1: 10}))
+    waiting = [submitted(batcher, lane, 1, 4, client="many") for _ in range(2)]
+    waiting += [submitted(batcher, lane, 2, client=client) for client in "abcdefg"]
+    await all_wait(batcher, 15)
+
+    def in_time() -> "asyncio.Task[Answer]":
+        return submitted(batcher, lane, 3, deadline_ns=clock.now_ns + 20 * MS, client="one")
+
+    for _ in range(2):  # eight clients go first and fill a batch
+        assert (await refusal_of(in_time())).reason is Reason.DEADLINE_INFEASIBLE
+    waiting.pop().cancel()
+    await all_wait(batcher, 14)
+    admitted = in_time()
+    await all_wait(batcher, 15)
+    engine.gate.set()
+    await asyncio.gather(busy, *waiting, admitted)
 
 
 async def test_rule_5_an_idle_server_does_not_refuse_for_ever(
@@ -599,12 +642,12 @@ async def test_rule_8_a_batch_is_filled_in_turns(batcher: MicroBatcher, engine: 
 async def test_rule_8_turns_are_counted_in_rows(batcher: MicroBatcher, engine: BurningEngine) -> None:
     busy = await occupy(batcher, engine)
     lane = thread_lane(engine)
-    tasks = [submitted(batcher, lane, 1, 4, client="large") for _ in range(2)]
+    tasks = [submitted(batcher, lane, 1, 3, client="large") for _ in range(2)]
     tasks += [submitted(batcher, lane, 2, client="small") for _ in range(6)]
-    await all_wait(batcher, 14)
+    await all_wait(batcher, 12)
     engine.gate.set()
     await asyncio.gather(busy, *tasks)
-    assert later_batches(engine) == [[1] * 4 + [2] * 4, [1] * 4 + [2] * 2]
+    assert later_batches(engine) == [[1] * 3 + [2] * 5, [1] * 3 + [2]]
 
 
 async def test_rule_8_who_did_not_fit_is_the_first_of_the_next_batch(
@@ -836,7 +879,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         return round(self.time() * 1e9)
 
     def run_in_executor(
-        self, executor: Executor | None, func: Callable[[Unpack[_Arguments]], _Result], *args: Unpack[_Arguments]
+        self, executor: Executor | None, func: Callable[[Unpack[_Arguments]], _Result], *args: *_Arguments
     ) -> "asyncio.Future[_Result]":
         future: asyncio.Future[_Result] = self.create_future()
         result = func(*args)
@@ -881,7 +924,7 @@ class Tally:
 
 
 @dataclass(kw_only=True)
-class Shop:
+class SimulatedServer:
     """A batcher with one lane, in virtual time."""
 
     max_batch_rows: int
@@ -942,7 +985,7 @@ class Shop:
 
 # What a run costs, and answers per second at best: one row a run; a cost by the run; a cost by the row; large batches;
 # batches bound by deadlines alone, of at most half of 50 ms.
-SHOPS = [
+SIMULATED = [
     (1, 10.0, 0.0, 95.0),
     (8, 6.0, 0.5, 760.0),
     (16, 1.0, 1.0, 900.0),
@@ -951,64 +994,64 @@ SHOPS = [
 ]
 
 
-@pytest.mark.parametrize(("max_batch_rows", "run_ms", "row_ms", "capacity"), SHOPS)
+@pytest.mark.parametrize(("max_batch_rows", "run_ms", "row_ms", "capacity"), SIMULATED)
 @pytest.mark.parametrize(("load", "share"), [(2.0, 0.9), (10.0, 0.85)])
 def test_overload_leaves_the_goodput(
     max_batch_rows: int, run_ms: float, row_ms: float, capacity: float, load: float, share: float
 ) -> None:
-    shop = Shop(max_batch_rows=max_batch_rows, run_ms=run_ms, row_ms=row_ms)
+    server = SimulatedServer(max_batch_rows=max_batch_rows, run_ms=run_ms, row_ms=row_ms)
 
     async def work() -> None:
-        seconds = 100 / capacity + 0.5
-        before = await shop.offer(0.6 * capacity, seconds=0.5)
+        seconds = 100 / capacity + 0.2
+        before = await server.offer(0.6 * capacity, seconds=0.5)
         assert set(before.outcomes) == {"answered"}
-        overloaded = await shop.offer(load * capacity, seconds=seconds)
+        overloaded = await server.offer(load * capacity, seconds=seconds)
         assert overloaded.outcomes["answered"] >= share * capacity * seconds
         assert overloaded.outcomes["late"] <= 0.1 * overloaded.outcomes["answered"]
-        after = await shop.offer(0.6 * capacity, seconds=0.5)
+        after = await server.offer(0.6 * capacity, seconds=0.5)
         assert set(after.outcomes) == {"answered"}
 
-    shop.run(work)
+    server.run(work)
 
 
 def test_overload_without_admission_by_deadline_leaves_next_to_nothing() -> None:
-    shop = Shop(max_batch_rows=8, run_ms=6, row_ms=0.5, has_admission=False)
+    server = SimulatedServer(max_batch_rows=8, run_ms=6, row_ms=0.5, has_admission=False)
 
     async def work() -> None:
-        overloaded = await shop.offer(7600, seconds=2)
+        overloaded = await server.offer(7600, seconds=2)
         assert overloaded.outcomes["answered"] < 0.2 * 760 * 2
 
-    shop.run(work)
+    server.run(work)
 
 
 def test_a_flood_starves_nobody() -> None:
-    shop = Shop(max_batch_rows=8, run_ms=6, row_ms=0.5)
+    server = SimulatedServer(max_batch_rows=8, run_ms=6, row_ms=0.5)
 
     async def work() -> None:
         async with asyncio.TaskGroup() as group:
-            flood = group.create_task(shop.offer(7600, clients=("flood",)))
-            others = group.create_task(shop.offer(150, clients=("a", "b", "c")))
+            flood = group.create_task(server.offer(7600, clients=("flood",)))
+            others = group.create_task(server.offer(150, clients=("a", "b", "c")))
         outcomes = others.result().outcomes
         assert outcomes["answered"] == outcomes.total()
         assert flood.result().outcomes["answered"] > 0.9 * (760 - 150) * 2
 
-    shop.run(work)
+    server.run(work)
 
 
 def test_shadow_load_delays_live_by_no_more_than_a_run() -> None:
     def slowest_ms(shadow: bool) -> float:
-        shop = Shop(max_batch_rows=8, run_ms=6, row_ms=0.5)
+        server = SimulatedServer(max_batch_rows=8, run_ms=6, row_ms=0.5)
         live = Tally()
 
         async def work() -> None:
             nonlocal live
             async with asyncio.TaskGroup() as group:
                 if shadow:
-                    group.create_task(shop.offer(1500, deadline_ms=500, priority=Priority.BATCH))
-                offered = group.create_task(shop.offer(100, deadline_ms=100))
+                    group.create_task(server.offer(1500, deadline_ms=500, priority=Priority.BATCH))
+                offered = group.create_task(server.offer(100, deadline_ms=100))
             live = offered.result()
 
-        shop.run(work)
+        server.run(work)
         assert set(live.outcomes) == {"answered"}
         return max(live.answered_ms)
 
@@ -1017,15 +1060,15 @@ def test_shadow_load_delays_live_by_no_more_than_a_run() -> None:
 
 
 def test_a_machine_that_was_slow_is_not_taken_to_be_slow_for_good() -> None:
-    shop = Shop(max_batch_rows=1, run_ms=10, row_ms=0)
+    server = SimulatedServer(max_batch_rows=1, run_ms=10, row_ms=0)
 
     async def work() -> None:
-        shop.loop.engine.slowdown = 5.0
-        slow = await shop.offer(50, deadline_ms=15, seconds=2)
+        server.loop.engine.slowdown = 5.0
+        slow = await server.offer(50, deadline_ms=15, seconds=2)
         assert not slow.outcomes["answered"]
-        shop.loop.engine.slowdown = 1.0
-        await shop.offer(50, deadline_ms=15, seconds=2)
-        again = await shop.offer(50, deadline_ms=15, seconds=1)
+        server.loop.engine.slowdown = 1.0
+        await server.offer(50, deadline_ms=15, seconds=2)
+        again = await server.offer(50, deadline_ms=15, seconds=1)
         assert set(again.outcomes) == {"answered"}
 
-    shop.run(work)
+    server.run(work)

@@ -79,6 +79,14 @@ def test_a_quicker_run_lowers_the_table_for_good() -> None:
     assert cost.estimate_ns(8, 0) == 400
 
 
+def test_ever_quicker_runs_leave_the_quickest() -> None:
+    cost, run_ns = RunCost({1: MS}), MS
+    for _ in range(10):
+        run_ns = run_ns * 9 // 10
+        cost.observe(1, run_ns, 0)
+    assert cost.estimate_ns(1, 0) == pytest.approx(run_ns, rel=0.01)
+
+
 def test_belief_fades_to_a_quarter_of_the_table_where_nothing_runs() -> None:
     cost = RunCost({1: 100 * MS})
     for _ in range(8):

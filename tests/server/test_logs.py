@@ -158,6 +158,8 @@ def test_only_this_package_is_configured(file: LogFile) -> None:
 
 def test_configured_twice_a_record_is_still_one_line(file: LogFile) -> None:
     configure_logs("text", "info", file.descriptor)
+    configure_logs("text", "info", file.descriptor)
+    assert len(logging.getLogger(LOGGER_NAME).handlers) == 1
     assert len(written(file, lambda: LOGGER.warning("once"))) == 1
 
 
@@ -191,6 +193,17 @@ def test_a_flood_of_one_kind_is_cut_counted_and_reported(file: LogFile) -> None:
     assert len(kept) + dropped == 100_000
     assert handler.dropped_lines == dropped
     assert messages.count("another kind") == 1
+
+
+def test_what_a_flood_lost_is_said_before_the_end(file: LogFile) -> None:
+    def log() -> None:
+        for number in range(10_000):
+            LOGGER.warning("refused request %d", number)
+
+    written(file, log)
+    messages = [record["message"] for record in file.records()]
+    summaries = [re.match(r"dropped (\d+) lines", message) for message in messages]
+    assert sum(int(summary[1]) if summary else 1 for summary in summaries) == 10_000
 
 
 def test_reasons_are_kinds_of_their_own(file: LogFile) -> None:

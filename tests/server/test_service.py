@@ -312,6 +312,37 @@ async def test_whoever_observes_hears_of_every_answer_and_every_refusal(engine: 
     batcher.close()
 
 
+@pytest.mark.parametrize(("seconds", "reason"), [(10.0, Reason.CANCELLED), (0.01, Reason.DEADLINE_EXCEEDED)])
+async def test_a_caller_who_goes_is_counted_as_gone_or_late(
+    engine: BurningEngine, seconds: float, reason: Reason
+) -> None:
+    refusals: list[Reason] = []
+
+    class Observer:
+        def answered(self, request: ActRequest, reply: ActReply, total_ns: int) -> None:
+            raise AssertionError("nobody is answered")
+
+        def refused(self, policy: str, reason: Reason) -> None:
+            refusals.append(reason)
+
+    batcher = MicroBatcher(max_batch_rows=MAX_BATCH_ROWS, max_queue_rows=16)
+    service = PolicyService(batcher=batcher, observer=Observer())
+    policy = served(engine)
+    lanes = {name: replace(lane, inline_rows=0) for name, lane in policy.lanes.items()}
+    publish(service, replace(policy, lanes=lanes))
+    engine.gate.clear()
+    asked = asyncio.create_task(service.act(asking(), time.monotonic_ns() + int(seconds * 1e9)))
+    while not engine.batches:
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(min(seconds, 0.02))  # the time that a caller has, where it is short
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    engine.gate.set()
+    assert refusals == [reason]
+    batcher.close()
+
+
 # What follows asks for more than the policy's own choice, of a real graph: hyper-Q of component k is o[k].
 
 

@@ -22,6 +22,8 @@ from opentelemetry.trace import SpanKind, StatusCode
 from lom_api.reasons import Reason
 from lom_server.batcher import MicroBatcher
 from lom_server.config import ServerConfig
+from lom_server.edges.authentication import Role
+from lom_server.edges.listener import Call, Listener, ListenerLimits
 from lom_server.errors import PolicyError, StartError
 from lom_server.loading import load_policy
 from lom_server.metrics import RequestMetrics
@@ -184,12 +186,12 @@ async def test_the_other_observer_is_told_too(toy_bundle: Path, spans: Spans, se
 )
 def test_a_refusal_ends_the_span_with_its_status(spans: Spans, reason: Reason, code: str, is_error: bool) -> None:
     with spans.tracer.start_span(METHOD, {}) as span:
-        span.set_refused(status_of(PolicyError(reason, "the observation is 42")))
+        span.set_refused(status_of(PolicyError(reason, "the observation is forty-two")))
     (rpc,) = spans.of_server
     assert attributes(rpc)["rpc.response.status_code"] == code
     assert attributes(rpc)["error.type"] == reason
     assert (rpc.status.status_code is StatusCode.ERROR) is is_error
-    assert "42" not in rpc.to_json()
+    assert "forty-two" not in rpc.to_json()
 
 
 async def test_a_cancelled_call_is_a_cancelled_span(spans: Spans) -> None:
@@ -209,9 +211,9 @@ async def test_a_cancelled_call_is_a_cancelled_span(spans: Spans) -> None:
 
 def test_an_exceptions_text_does_not_travel(spans: Spans) -> None:
     with pytest.raises(ValueError), spans.tracer.start_span(METHOD, {}):  # noqa: PT011
-        raise ValueError("the observation is 42")
+        raise ValueError("the observation is forty-two")
     (rpc,) = spans.of_server
-    assert "42" not in rpc.to_json()
+    assert "forty-two" not in rpc.to_json()
 
 
 @pytest.mark.parametrize("traceparent", ["", "nonsense", "00-" + "0" * 32 + "-" + "1" * 16 + "-01", "x" * 8000])
@@ -278,3 +280,33 @@ def test_without_opentelemetry_one_line_names_the_extra() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert ended.stdout == "TRACING_UNAVAILABLE: traces: expected what pip install 'lom[tracing]' installs\n"
+
+
+async def test_the_listener_makes_a_span_of_every_call(spans: Spans) -> None:
+    listener = Listener(ListenerLimits.of(ServerConfig(models=Path("unused"))), tracer=spans.tracer)
+
+    async def answer(message: bytes, _: Call) -> bytes:
+        if message == b"bad":
+            raise PolicyError(Reason.NON_FINITE, "expected finite values")
+        return message
+
+    listener.add_service("lom_api.v1.PolicyService", unary={"Act": answer}, role=Role.ACT)
+    address = await listener.listen("127.0.0.1:0")
+    carrier: dict[str, str] = {}
+    with spans.client.get_tracer("robot").start_as_current_span("tick"):
+        inject(carrier)
+        async with grpc.aio.insecure_channel(address) as channel:
+            call: Any = channel.unary_unary(f"/{METHOD}")
+            assert await call(b"good", metadata=tuple(carrier.items())) == b"good"
+            with pytest.raises(grpc.aio.AioRpcError):
+                await call(b"bad", metadata=tuple(carrier.items()))
+    await listener.drain(0)
+    (tick,) = spans.of_client
+    good, bad = spans.of_server
+    for span in (good, bad):
+        assert (span.name, span.kind) == (METHOD, SpanKind.SERVER)
+        assert span.parent is not None
+        assert (span.parent.trace_id, span.parent.span_id) == identity(tick)
+    assert attributes(good)["rpc.response.status_code"] == "OK"
+    assert attributes(bad)["rpc.response.status_code"] == "INVALID_ARGUMENT"
+    assert attributes(bad)["error.type"] == "NON_FINITE"

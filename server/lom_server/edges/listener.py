@@ -12,9 +12,9 @@ import socket
 import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import grpc
 from google.protobuf.descriptor import FileDescriptor, ServiceDescriptor
@@ -30,6 +30,10 @@ from lom_server.status import Status, status_of
 
 MOST_RATES = 4096
 """Clients whose rate is remembered."""
+
+_T = TypeVar("_T")
+if TYPE_CHECKING:
+    from lom_server.tracing import Tracer  # which needs what only those have installed who trace
 
 Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 
@@ -120,6 +124,7 @@ class Listener:
         authenticator: Authenticator | None = None,
         credentials: grpc.ServerCredentials | None = None,
         observe_refusal: Callable[[Reason], None] = lambda _: None,
+        tracer: "Tracer | None" = None,
     ) -> None:
         """Listens nowhere yet.
 
@@ -127,11 +132,13 @@ class Listener:
             authenticator: who knows callers; None lets everybody in whom the address lets in.
             credentials: TLS, on TCP only; None for plaintext.
             observe_refusal: told of what this class refuses; what handlers refuse, they see themselves.
+            tracer: makes a span of every call, where traces are asked for.
         """
         self._limits = limits
         self._authenticator = authenticator
         self._credentials = credentials
         self._observe_refusal = observe_refusal
+        self._tracer = tracer
         self._rate = RequestRate(limits.max_requests_per_s)
         self._health = _Health()
         self._handlers = [self._health.handlers]
@@ -153,11 +160,13 @@ class Listener:
         # Generic handlers: grpc.aio answers bytes that its own deserialiser refuses with UNKNOWN and a class name.
         methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
             # As a stream of one message: grpc.aio would read it before anybody is asked, and wait for it for ever.
-            method: grpc.stream_unary_rpc_method_handler(self._guarded_unary(handler, role))
+            method: grpc.stream_unary_rpc_method_handler(self._guarded_unary(f"{name}/{method}", handler, role))
             for method, handler in unary.items()
         }
         for method, stream_handler in (streams or {}).items():
-            methods[method] = grpc.stream_stream_rpc_method_handler(self._guarded_stream(stream_handler, role))
+            methods[method] = grpc.stream_stream_rpc_method_handler(
+                self._guarded_stream(f"{name}/{method}", stream_handler, role)
+            )
         self._handlers.append(grpc.method_handlers_generic_handler(name, methods))
 
     def add_reflection(self, services: Sequence[ServiceDescriptor]) -> None:
@@ -239,39 +248,51 @@ class Listener:
         return is_clean
 
     def _guarded_unary(
-        self, handler: UnaryHandler, role: Role
+        self, method: str, handler: UnaryHandler, role: Role
     ) -> Callable[[AsyncIterator[bytes], Context], Awaitable[bytes]]:
         """`handler` for those who may, and the only way out for its exceptions: never as gRPC's UNKNOWN."""
 
         async def guarded(_: AsyncIterator[bytes], context: Context) -> bytes:
-            try:
+            with self._guard(method, context):
                 client = self._admitted(context, role)
                 granted_s = self._granted_s(context)
                 budget_ns = int(granted_s * 1e9)
                 call = Call(deadline_ns=time.monotonic_ns() + budget_ns, client=client, default_budget_ns=budget_ns)
                 with self._accepted():
                     return await _answer(handler, context, call, granted_s)
-            except Exception as error:
-                _refuse(context, status_of(error))
-                return b""
+            return b""
 
         return guarded
 
     def _guarded_stream(
-        self, handler: StreamHandler, role: Role
+        self, method: str, handler: StreamHandler, role: Role
     ) -> Callable[[AsyncIterator[bytes], Context], Awaitable[None]]:
         async def guarded(_: AsyncIterator[bytes], context: Context) -> None:
-            try:
+            with self._guard(method, context):
                 call = self._stream_call(context, self._admitted(context, role))
                 messages = _Messages(context, self._limits.stream_idle_s, self._refused)
                 with self._accepted(), self._open(messages):
                     async with aclosing(cast("AsyncGenerator[bytes, None]", handler(messages, call))) as replies:
                         async for reply in replies:
                             await self._write(context, reply)
-            except Exception as error:
-                _refuse(context, status_of(error))
 
         return guarded
+
+    @contextmanager
+    def _guard(self, method: str, context: Context) -> Iterator[None]:
+        """Around a call: turns what is raised into its status, and traces it where that is asked for."""
+        with ExitStack() as stack:
+            span = None
+            if self._tracer is not None:
+                metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+                span = stack.enter_context(self._tracer.start_span(method, metadata))
+            try:
+                yield
+            except Exception as error:
+                status = status_of(error)
+                _refuse(context, status)
+                if span is not None:
+                    span.set_refused(status)
 
     @contextmanager
     def _accepted(self) -> Iterator[None]:
@@ -308,8 +329,6 @@ class Listener:
             raise self._refused(Reason.TOO_MANY_CALLS, f"expected at most {most} calls under way in this server")
         client = self._client(context, role)
         self._charge(client)
-        if context.time_remaining() == 0:
-            raise self._refused(Reason.DEADLINE_EXCEEDED, "the deadline was over on arrival")
         return client
 
     def _charge(self, client: str) -> None:
@@ -360,7 +379,7 @@ class Listener:
         limit_s = self._limits.slow_reader_s
         try:
             async with asyncio.timeout(limit_s):
-                await context.write(reply)
+                await _finished(context.write(reply))
         except TimeoutError:
             raise self._refused(Reason.SLOW_CONSUMER, f"expected replies to be read within {limit_s:g} s") from None
         except grpc.aio.BaseError:
@@ -387,7 +406,7 @@ class _Messages(AsyncIterator[bytes]):
         if not self._is_ended:
             try:
                 async with asyncio.timeout(self._idle_s) as self._waiting:
-                    message = await self._context.read()
+                    message = await _finished(self._context.read())
             except TimeoutError:
                 pass
             except grpc.aio.BaseError:
@@ -509,15 +528,22 @@ async def _answer(handler: UnaryHandler, context: Context, call: Call, granted_s
     try:
         # gRPC ends a call at the deadline that its caller gave; this one may be the server's.
         async with asyncio.timeout(granted_s) as deadline:
-            message = await context.read()
+            message = await _finished(context.read())
             if not isinstance(message, bytes):
                 await asyncio.sleep(_GONE_S)
-                raise PolicyError(Reason.BAD_MESSAGE, "expected one message, got none")
+                raise PolicyError(Reason.UNSUPPORTED, "expected exactly one message, got none")
             return await handler(message, call)
     except TimeoutError:
         if not deadline.expired():
             raise
         raise PolicyError(Reason.DEADLINE_EXCEEDED, "the deadline passed before the answer was there") from None
+
+
+async def _finished(operation: Awaitable[_T]) -> _T:
+    """The result of an operation of gRPC, which goes on if nobody waits: cancelled, it would never free its message."""
+    running = asyncio.ensure_future(operation)
+    running.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody may be left to ask
+    return await asyncio.shield(running)
 
 
 def _refuse(context: Context, status: Status) -> None:

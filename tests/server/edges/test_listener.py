@@ -8,7 +8,7 @@ import stat
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -223,9 +223,38 @@ async def test_a_call_without_a_message_is_answered_and_of_two_the_first(caplog:
         none = channel.stream_unary(SAY)(timeout=PATIENCE_S)
         await none.done_writing()
         error = await refusal(none)
-        assert error.code() is grpc.StatusCode.INTERNAL
-        assert error.details() == "BAD_MESSAGE: expected one message, got none"
+        assert error.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert error.details() == "UNSUPPORTED: expected exactly one message, got none"
         assert await channel.stream_unary(SAY)(iter([b"1", b"2"]), timeout=PATIENCE_S) == b"1"
+    assert not caplog.records
+
+
+async def test_messages_that_come_too_late_are_freed(caplog: pytest.LogCaptureFixture) -> None:
+    """They arrive in what a handler began to read before it gave up."""
+    message = bytes(20_000)
+
+    async def forget(_message: bytes, _call: Call) -> bytes:
+        return b""
+
+    async def send_late(channel: Any, number: int) -> None:
+        call = channel.stream_unary("/test.Oblivion/Forget")()
+        await asyncio.sleep(0.005 + 0.001 * (number % 10))
+        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            await call.write(message)
+        await code_of(call)
+
+    async def resident_bytes_after_many(channel: Any) -> int:
+        for _ in range(40):
+            await asyncio.gather(*(send_late(channel, number) for number in range(15)))
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    listener = Listener(limits(default_deadline_s=0.01))
+    listener.add_service("test.Oblivion", unary={"Forget": forget}, role=Role.ACT)
+    async with connected(await listener.listen("127.0.0.1:0")) as channel:
+        before = await resident_bytes_after_many(channel)
+        assert await resident_bytes_after_many(channel) - before < 60 * len(message)
+    await listener.drain(0)
     assert not caplog.records
 
 
@@ -336,10 +365,12 @@ async def test_what_the_library_refuses(name: str, caplog: pytest.LogCaptureFixt
     assert not caplog.records
 
 
-async def test_metadata_over_the_cap_is_refused_every_time() -> None:
-    async with listening() as (_, address), connected(address) as channel:
+@pytest.mark.parametrize("limit", [1024, 8192])
+async def test_metadata_over_the_cap_is_refused_every_time(limit: int) -> None:
+    async with listening(max_metadata_bytes=limit) as (_, address), connected(address) as channel:
+        await channel.unary_unary(SAY)(b"", metadata=(("x", "y" * (limit - 512)),), timeout=PATIENCE_S)
         for _ in range(12):  # with gRPC's own hard limit, about half of these would pass
-            call = channel.unary_unary(SAY)(b"", metadata=(("x", "y" * 12 * 1024),), timeout=PATIENCE_S)
+            call = channel.unary_unary(SAY)(b"", metadata=(("x", "y" * (limit * 3 // 2)),), timeout=PATIENCE_S)
             error = await refusal(call)
             assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert "metadata size exceeds" in str(error.details())

@@ -464,6 +464,7 @@ class Stage:
         self.listener = Listener(replace(ListenerLimits.of(config), **limits))
         self.edge.register(self.listener)
         self.address = ""
+        self.action = replace(toy_manifest().inputs[0], name="action")
 
     def publish(self, *digests: str) -> None:
         """Versions 1, 2 ... with those digests."""
@@ -471,7 +472,7 @@ class Stage:
         self.service.publish(POLICY, PolicyVersions(versions=versions, default_version=max(versions)))
 
     def _served(self, version: int, digest: str) -> ServedPolicy:
-        manifest = replace(toy_manifest(), action=replace(toy_manifest().inputs[0], name="action"))
+        manifest = replace(toy_manifest(), action=self.action)
         lane = Lane(engine=self.engine, graph="actor", outputs=("action",), inline_rows=0)
         return ServedPolicy(
             name=POLICY,
@@ -693,6 +694,17 @@ async def test_the_client_and_its_priority_reach_the_batcher(monkeypatch: pytest
         assert client == same_client
         assert client.startswith("ipv4:127.0.0.1:")
         assert (priority, other_priority) == (policy_pb2.PRIORITY_BATCH, policy_pb2.PRIORITY_LIVE)
+
+
+async def test_an_action_that_had_to_be_cut_says_so() -> None:
+    async with staged(is_published=False) as (stage, channel):
+        stage.action = replace(stage.action, low=(-1.0,) * 3, high=(1.0,) * 3)
+        stage.publish()
+        for value, is_clamped in ((0.5, False), (0.75, True)):  # the engine answers twice the observation
+            message = await raw_act(channel)(request(tensor([[value, 0, -value]])), timeout=PATIENCE_S)
+            reply = policy_pb2.ActReply.FromString(message)
+            np.testing.assert_array_equal(unpack_tensor(reply.action), [[1, 0, -1]])
+            assert reply.is_clamped is is_clamped
 
 
 # Streams.
