@@ -55,6 +55,17 @@ class Priority(IntEnum):
     """Shadow and bulk work, for which any time will do."""
 
 
+@dataclass(kw_only=True, slots=True, eq=False)
+class Ticket:
+    """Tells a caller who may want to take a request back whether it is still worth while.
+
+    Attributes:
+        has_begun: it is in a run, or was.
+    """
+
+    has_begun: bool = False
+
+
 class Engine(Protocol):
     """What answers a batch."""
 
@@ -109,6 +120,7 @@ class _Entry:
     priority: Priority
     admitted_ns: int
     future: asyncio.Future[Answer]
+    ticket: Ticket | None
     is_waiting: bool = False
 
 
@@ -271,13 +283,21 @@ class MicroBatcher:
         return self._waiting[Priority.LIVE].rows + self._waiting[Priority.BATCH].rows
 
     async def submit(
-        self, lane: Lane, rows: Rows, deadline_ns: int, *, client: str = "", priority: Priority = Priority.LIVE
+        self,
+        lane: Lane,
+        rows: Rows,
+        deadline_ns: int,
+        *,
+        client: str = "",
+        priority: Priority = Priority.LIVE,
+        ticket: Ticket | None = None,
     ) -> Answer:
         """Answers `rows`, in whatever company.
 
         Args:
             rows: by input name, all with the same first axis of 1 to `max_batch_rows`; not changed, not kept.
             client: who takes turns with the others.
+            ticket: kept up to date.
 
         Raises:
             PolicyError: BATCH_TOO_LARGE, QUEUE_FULL, DEADLINE_INFEASIBLE, DEADLINE_EXCEEDED or DRAINING; or what the
@@ -303,6 +323,7 @@ class MicroBatcher:
             priority=priority,
             admitted_ns=now_ns,
             future=asyncio.get_running_loop().create_future(),
+            ticket=ticket,
         )
         self._waiting[priority].add(entry)
         self._earliest_deadline_ns = min(self._earliest_deadline_ns, deadline_ns)
@@ -396,6 +417,9 @@ class MicroBatcher:
         batch = self._form_batch()
         if batch is None:
             return
+        for entry in batch.entries:
+            if entry.ticket is not None:
+                entry.ticket.has_begun = True
         if batch.count <= batch.lane.inline_rows:
             self._settle(batch, *self._run(batch))
         else:

@@ -17,7 +17,7 @@ import numpy as np
 
 from lom_api.reasons import Reason
 from lom_bundle import EXPLAIN_SUFFIX, Manifest, SpaceSpec
-from lom_server.batcher import Answer, Array, Lane, MicroBatcher, Priority, Rows
+from lom_server.batcher import Answer, Array, Lane, MicroBatcher, Priority, Rows, Ticket
 from lom_server.errors import PolicyError, quoted
 
 LARGEST_VERSION = 2**31 - 1
@@ -50,6 +50,7 @@ class ActRequest:
             `hysteresis_width` higher. Not kept where the support mask would not allow it.
         priority: who goes first when the engine is short.
         client: who asks, for fairness.
+        ticket: told when the request begins to run.
     """
 
     policy: str
@@ -64,6 +65,7 @@ class ActRequest:
     hysteresis_width: float = 0.0
     priority: Priority = Priority.LIVE
     client: str = ""
+    ticket: Ticket | None = None
 
     @property
     def has_mode_options(self) -> bool:
@@ -325,7 +327,9 @@ class PolicyService:
         )
 
     async def _submit(self, lane: Lane, request: ActRequest, rows: Rows, deadline_ns: int) -> Answer:
-        return await self.batcher.submit(lane, rows, deadline_ns, client=request.client, priority=request.priority)
+        return await self.batcher.submit(
+            lane, rows, deadline_ns, client=request.client, priority=request.priority, ticket=request.ticket
+        )
 
     async def _submit_with_options(
         self, policy: ServedPolicy, variant: str, request: ActRequest, rows: Rows, deadline_ns: int

@@ -249,7 +249,7 @@ def overload() -> None:
                     f"| {quantiles(load.answered_s)} | {quantiles(load.refused_s)} | {len(load.expired_s)} |"
                 )
 
-    with repository_server({1: Flaws(burn_layers=100)}, "--max-batch-rows", "1", "--inference", "thread") as (
+    with repository_server({1: Flaws(burn_layers=640)}, "--max-batch-rows", "1", "--inference", "thread") as (
         server,
         _,
     ):

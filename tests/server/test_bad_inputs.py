@@ -204,17 +204,22 @@ def streamed(*messages: bytes, pause_s: float = 0.0) -> Callable[[Servers], Answ
 
 def reads_nothing(servers: Servers) -> Answer:
     stopped = threading.Event()
+    sent = 0
 
     def send() -> Iterator[bytes]:
-        for sequence in range(1, 100_000):
+        nonlocal sent
+        for sequence in range(1, 1_000_000):
             if stopped.is_set():
                 return
+            sent = sequence
             yield request(tensor(np.zeros((MAX_BATCH_ROWS, 3))), sequence=sequence, explain=True)
 
-    narrow = [("grpc.use_local_subchannel_pool", 1), ("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024)]
-    with grpc.insecure_channel(servers.address, narrow) as channel:
+    with grpc.insecure_channel(servers.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
         call = channel.stream_stream(f"{SERVICE}/ActStream")(send(), timeout=PATIENCE_S)
-        time.sleep(2.0)  # that is what this reader is like
+        settled = -1
+        while settled != sent:  # everything is full: answers, requests, the connection
+            settled = sent
+            time.sleep(1.0)
         with contextlib.suppress(grpc.RpcError):
             for _ in call:
                 pass

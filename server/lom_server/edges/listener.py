@@ -39,9 +39,10 @@ Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 
 # What is left open when the last accepted request has its reply: health watchers, and bytes on their way out.
 _FLUSH_S = 0.25
-# The end of a call's messages may mean that its caller has gone, which gRPC says within this time.
-_GONE_S = 0.1
 _FOREVER_NS = 2**63 - 1
+# What is kept of a request's time for the way back of its answer: a tenth, but no more than this.
+_WAY_BACK_SHARE = 10
+_WAY_BACK_NS = 5_000_000
 
 
 def _nothing() -> None:
@@ -69,7 +70,10 @@ class Call:
     charge: Callable[[], None] = _nothing
 
     def admit(self, budget_ns: int = 0) -> int:
-        """Takes up a request that arrives now, and returns the instant after which its answer is useless.
+        """Takes up a request that arrives now, and returns the instant after which its answer need not leave.
+
+        That is a little before the caller's deadline: the answer has a way back, which takes longest when most callers
+        are on it.
 
         Args:
             budget_ns: nanoseconds that the request asks for; 0 where it does not say.
@@ -78,8 +82,9 @@ class Call:
             PolicyError: RATE_LIMITED.
         """
         self.charge()
-        budget_ns = min(budget_ns or self.default_budget_ns, self.max_budget_ns)
-        return min(self.deadline_ns, time.monotonic_ns() + budget_ns)
+        now_ns = time.monotonic_ns()
+        left_ns = min(self.deadline_ns - now_ns, budget_ns or self.default_budget_ns, self.max_budget_ns)
+        return now_ns + left_ns - min(max(0, left_ns) // _WAY_BACK_SHARE, _WAY_BACK_NS)
 
 
 UnaryHandler: TypeAlias = Callable[[bytes, Call], Awaitable[bytes]]
@@ -530,7 +535,6 @@ async def _answer(handler: UnaryHandler, context: Context, call: Call, granted_s
         async with asyncio.timeout(granted_s) as deadline:
             message = await _finished(context.read())
             if not isinstance(message, bytes):
-                await asyncio.sleep(_GONE_S)
                 raise PolicyError(Reason.UNSUPPORTED, "expected exactly one message, got none")
             return await handler(message, call)
     except TimeoutError:

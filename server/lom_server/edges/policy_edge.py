@@ -7,7 +7,7 @@ from lom_api.codec import Array, CodecError, pack_array, unpack_tensor
 from lom_api.reasons import Reason
 from lom_api.v1 import policy_pb2
 from lom_bundle import SpaceSpec
-from lom_server.batcher import Priority
+from lom_server.batcher import Priority, Ticket
 from lom_server.edges.authentication import Role
 from lom_server.edges.listener import Call, Listener, parsed
 from lom_server.errors import PolicyError, quoted
@@ -72,7 +72,7 @@ class _ActStream:
         self._service = service
         self._call = call
         self._answers: asyncio.Queue[bytes | None] = asyncio.Queue()  # None: there will be no more
-        self._tasks: dict[asyncio.Task[None], int] = {}  # unanswered, oldest first, with their sequence
+        self._tasks: dict[asyncio.Task[None], tuple[int, Ticket]] = {}  # unanswered, with their sequence
         self._room = asyncio.Semaphore(MAX_UNANSWERED - 1)  # one is taken up before there must be room for it
         self._last_sequence = -1
         self._broken_contract: PolicyError | None = None
@@ -106,14 +106,15 @@ class _ActStream:
             sequence = request.sequence
             self._check_order(sequence)
             deadline_ns = self._call.admit(request.budget_ns)
-            act_request = _act_request(request, self._call.client)
+            ticket = Ticket()
+            act_request = _act_request(request, self._call.client, ticket)
         except Exception as error:
             self._refuse(sequence, error)
             return
         if request.supersede:
             self._supersede()
         task = asyncio.create_task(self._act(act_request, sequence, deadline_ns))
-        self._tasks[task] = sequence
+        self._tasks[task] = sequence, ticket
         task.add_done_callback(self._forget)
 
     def _check_order(self, sequence: int) -> None:
@@ -124,9 +125,8 @@ class _ActStream:
         self._last_sequence = sequence
 
     def _supersede(self) -> None:
-        # The oldest may be running, and is then answered. Where it only waits, it costs a row of the next run.
-        for task, sequence in tuple(self._tasks.items())[1:]:
-            if task.cancel():
+        for task, (sequence, ticket) in tuple(self._tasks.items()):
+            if not ticket.has_begun and task.cancel():
                 del self._tasks[task]
                 self._refuse(sequence, PolicyError(Reason.SUPERSEDED, "a later request of this stream took its place"))
 
@@ -157,7 +157,7 @@ class _ActStream:
             self._answers.put_nowait(None)
 
 
-def _act_request(request: policy_pb2.ActRequest, client: str) -> ActRequest:
+def _act_request(request: policy_pb2.ActRequest, client: str, ticket: Ticket | None = None) -> ActRequest:
     hysteresis = request.hysteresis
     return ActRequest(
         policy=request.policy,
@@ -174,6 +174,7 @@ def _act_request(request: policy_pb2.ActRequest, client: str) -> ActRequest:
         hysteresis_width=hysteresis.width,
         priority=_priority(request.priority),
         client=client,
+        ticket=ticket,
     )
 
 

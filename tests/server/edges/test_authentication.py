@@ -111,6 +111,7 @@ def test_tokens_are_in_no_representation(token_file: Path) -> None:
     for shown in (repr(tokens), str(tokens), repr(authenticator), repr(vars(authenticator)), repr(Tokens)):
         assert ACT_TOKEN not in shown
     assert ACT_TOKEN not in repr(tokens.identities)
+    assert repr(tokens) == "Tokens()"
 
 
 # Callers with tokens.

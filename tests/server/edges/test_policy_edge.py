@@ -20,7 +20,7 @@ from lom_api.v1 import policy_pb2, policy_pb2_grpc
 from lom_server.batcher import Lane, MicroBatcher
 from lom_server.config import ServerConfig
 from lom_server.edges import policy_edge
-from lom_server.edges.listener import Listener, ListenerLimits
+from lom_server.edges.listener import Call, Listener, ListenerLimits
 from lom_server.edges.policy_edge import MAX_UNANSWERED, MOST_SPECS_KEPT, PolicyEdge
 from lom_server.loading import load_policy
 from lom_server.service import PolicyService, PolicyVersions, ServedPolicy
@@ -756,7 +756,7 @@ async def test_a_broken_message_is_answered_as_sequence_0_and_the_stream_lives()
 
 
 async def test_another_contract_ends_the_stream_after_what_was_asked_before() -> None:
-    async with staged() as (stage, channel):
+    async with staged(stream_idle_s=3600) as (stage, channel):
         busy = await stage.hold(channel)
         stream = Stream(channel)
         await stream.send(1)
@@ -825,6 +825,21 @@ async def test_a_superseded_request_is_not_run() -> None:
         assert sorted(float(row[0]) for batch in stage.engine.batches for row in batch) == [1, 4, 9]
 
 
+async def test_what_waits_is_superseded_even_if_nothing_of_its_stream_runs() -> None:
+    """Else a stream that shares the engine would be answered by its oldest observation, for ever."""
+    async with staged() as (stage, channel):
+        busy = await stage.hold(channel)
+        stream = Stream(channel)
+        for sequence in range(3):
+            await stream.send(sequence, value=sequence, supersede=True)
+        assert await stream.answers(2) == {0: "SUPERSEDED", 1: "SUPERSEDED"}
+        await until(lambda: stage.batcher.waiting_rows == 1, "the superseded ones to leave")
+        stage.engine.gate.set()
+        await busy
+        assert await stream.answers(1) == {2: "OK"}
+        assert [float(row[0]) for batch in stage.engine.batches for row in batch] == [9, 2]
+
+
 async def test_every_request_of_a_superseding_stream_is_answered_once() -> None:
     async with staged() as (stage, channel):
         stream = Stream(channel)
@@ -844,6 +859,26 @@ async def test_every_request_of_a_superseding_stream_is_answered_once() -> None:
         assert set(outcomes.values()) <= {"OK", "SUPERSEDED"}
         assert outcomes[299] == "OK"
         assert stage.batcher.waiting_rows == 0
+
+
+async def test_requests_that_come_at_once_are_answered_once_each() -> None:
+    async with staged() as (stage, channel):
+        busy = await stage.hold(channel)
+
+        async def messages() -> AsyncIterator[bytes]:
+            for sequence in range(10):  # without a turn of the event loop between them
+                yield request(sequence=sequence, supersede=True)
+
+        outcomes: list[tuple[int, str]] = []
+        call = Call(deadline_ns=time.monotonic_ns() + int(PATIENCE_S * 1e9), client="robot")
+        async for message in stage.edge._act_stream(messages(), call):
+            answer = policy_pb2.ActStreamReply.FromString(message)
+            outcomes.append((answer.sequence, outcome(answer)))
+            if len(outcomes) == 8:
+                stage.engine.gate.set()
+        await busy
+        assert sorted(sequence for sequence, _ in outcomes) == list(range(10))
+        assert dict(outcomes)[9] == "OK"
 
 
 async def test_a_stream_that_is_not_answered_is_not_read() -> None:
