@@ -350,9 +350,13 @@ class Supervisor:
             del self._loading[policy]
 
     async def _prove_and_load(self, policy: str, version: int, path: Path, *, promote: bool = False) -> None:
-        await self._say_why_missing(policy, Reason.MODEL_LOADING)
+        # Beside the proof: a worker that does not listen must not hold it up.
+        saying_so = asyncio.create_task(self._say_why_missing(policy, Reason.MODEL_LOADING))
         try:
-            proof = await prove(path, self._config)
+            try:
+                proof = await prove(path, self._config)
+            finally:
+                await saying_so
             await self._load(policy, version, Version(path=path, proof=proof), promote=promote)
         except ControlError as error:
             self._failures[policy, version] = error

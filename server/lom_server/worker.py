@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lom_server.tracing import Tracer
 
 EXIT_REFUSED = 1
+_SWITCH_INTERVAL_S = 0.0005
 
 _logger = logging.getLogger(__name__)
 
@@ -198,6 +199,9 @@ def main() -> None:
     """Serves by the configuration in its first argument, until the supervisor says otherwise or is gone."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # a terminal and a service manager signal the whole group
+    # The engine thread asks for the GIL before and after every run, of a loop that may be busy refusing: by default
+    # it would wait 5 ms each time.
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     config = ServerConfig.from_json(sys.argv[1])
     asyncio.run(_serve(config, configure_logs(config.log_format, config.log_level)))
 
