@@ -11,7 +11,7 @@ STUBS_VENV := build/stubs-venv
 SERVING_VENV := build/serving-venv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-serving lint types roads protos requirements bench-learning bench-export clean
+.PHONY: help setup demo test test-serving lint types roads protos requirements bench-learning bench-serving bench-control bench-export clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -37,7 +37,7 @@ test-serving: ## server and client tests in an environment without torch
 	UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" $(SERVING_VENV)/bin/uv pip install --quiet --python $(SERVING_VENV)/bin/python -r requirements/serving.txt
 	$(SERVING_VENV)/bin/uv pip install --quiet --python $(SERVING_VENV)/bin/python --no-deps --editable .
 	$(SERVING_VENV)/bin/python -c "import importlib.util as u; assert u.find_spec('torch') is None, 'torch is installed here'"
-	$(SERVING_VENV)/bin/python -m pytest tests/server tests/clients tests/protos
+	$(SERVING_VENV)/bin/python -m pytest tests/server tests/clients tests/protos tests/faults
 
 lint: setup ## style
 	$(VENV)/bin/ruff check .
@@ -64,6 +64,14 @@ requirements: setup ## pin again what pyproject.toml asks for
 
 bench-learning: setup ## learning benchmarks; results accumulate in build/bench/learning.json
 	$(PYTHON) -m tests.bench.learning
+
+bench-serving: setup ## swaps, failed loads, overload, transports, what the batcher and the metrics cost
+	$(PYTHON) -m tests.bench.serving
+	$(PYTHON) -m tests.bench.overload
+	$(PYTHON) -m tests.bench.observability
+
+bench-control: setup ## lateness of the control loop over a bare sleep loop; 300 kills of the server
+	$(PYTHON) -m tests.bench.control_loop
 
 bench-export: setup ## what bundles cost and what their warnings see; wants LOM_BENCH_DATA=FOLDER
 	$(PYTHON) -m tests.bench.bundles

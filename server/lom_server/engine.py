@@ -23,6 +23,7 @@ _EXTRA_INPUTS = {"forced_mode": ("tensor(int32)", np.int32(-1), False), "noise":
 _SILENT = 4  # fatal only: every exception is logged here, once, and ORT's own lines carry paths
 # A bucket whose run takes longer than this is not measured, nor any larger one: they are extrapolated.
 _LONGEST_MEASURED_NS = 250_000_000
+_LONGEST_WARM_UP_NS = 2_000_000
 _MOST_MEASUREMENTS = 5
 _LONGEST_MEASUREMENT_NS = 100_000_000
 
@@ -170,10 +171,14 @@ class OnnxEngine:
         return costs
 
     def warm_up(self, costs: Mapping[str, Mapping[int, int]]) -> None:
-        """Runs every graph once at every measured size, so that no caller pays for a first time."""
+        """Runs every graph once at every measured size, so that no caller pays for a first time.
+
+        A size that takes long anyway is left out: others are being answered meanwhile.
+        """
         for graph, sizes in costs.items():
-            for rows in sizes:
-                self.run(graph, self.graphs[graph], self._sample(graph, rows))
+            for rows, run_ns in sizes.items():
+                if run_ns < _LONGEST_WARM_UP_NS:
+                    self.run(graph, self.graphs[graph], self._sample(graph, rows))
 
     def _best_run_ns(self, graph: str, outputs: Sequence[str], count: int) -> int:
         sample = self._sample(graph, count)

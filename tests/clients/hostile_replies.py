@@ -53,6 +53,36 @@ def _score(
     return policy_pb2.Score(name=name, values=pack_array(np.array(values, dtype=dtype)), threshold=threshold)
 
 
+EXPLANATION_AXES = {"hyper_q": (), "mixing_weights": (), "component_means": (2,), "component_log_stds": (2,)}
+"""What follows rows and components in each field."""
+
+
+def _explained(field: str, values: object, dtype: Any = np.float32) -> Act:
+    tensor = pack_array(np.array(values, dtype=dtype))
+    return tampered(lambda reply: getattr(reply.explanation, field).CopyFrom(tensor))
+
+
+def _other_bundle_without_components(reply: policy_pb2.ActReply) -> None:
+    reply.bundle_digest = "e" * 64
+    for name, axes in EXPLANATION_AXES.items():
+        getattr(reply.explanation, name).CopyFrom(pack_array(np.zeros((1, 0, *axes), np.float32)))
+
+
+# As below, for a request that asks for an explanation.
+HOSTILE_EXPLANATIONS: dict[str, tuple[Act, str]] = {
+    "none": (tampered(lambda reply: reply.ClearField("explanation")), "WRONG_FIELDS"),
+    "empty": (tampered(lambda reply: reply.explanation.Clear()), "UNKNOWN_DTYPE"),
+    "no weights": (tampered(lambda reply: reply.explanation.ClearField("mixing_weights")), "UNKNOWN_DTYPE"),
+    "too few components": (_explained("hyper_q", [[0, 0]]), "BAD_SHAPE"),
+    "two rows for one": (_explained("mixing_weights", [[0, 0, 0]] * 2), "BAD_SHAPE"),
+    "means too wide": (_explained("component_means", [[[0, 0, 0]] * 3]), "BAD_SHAPE"),
+    "means of rank 2": (_explained("component_means", [[0, 0, 0]]), "BAD_SHAPE"),
+    "hyper-Q of integers": (_explained("hyper_q", [[0, 0, 0]], np.int32), "BAD_DTYPE"),
+    "NaN log-std": (_explained("component_log_stds", [[[np.nan, 0]] * 3]), "BAD_EXPLANATION"),
+    "infinite hyper-Q": (_explained("hyper_q", [[0, np.inf, 0]]), "BAD_EXPLANATION"),
+    "no components": (tampered(_other_bundle_without_components), "BAD_MODE"),
+}
+
 # For one row; the request asks for greedy_mode. The reason that the client must give comes second.
 HOSTILE_REPLIES: dict[str, tuple[Act, str]] = {
     "empty message": (lambda *_: policy_pb2.ActReply(), "WRONG_SEQUENCE"),
@@ -99,6 +129,7 @@ HOSTILE_REPLIES: dict[str, tuple[Act, str]] = {
     "no margin": (tampered(lambda reply: reply.ClearField("margin")), "WRONG_FIELDS"),
     "mode of floats": (_with_mode([0], np.float32), "BAD_DTYPE"),
     "two modes": (_with_mode([0, 0]), "BAD_SHAPE"),
+    "explanation unasked": (_explained("hyper_q", [[0, 0, 0]]), "WRONG_FIELDS"),
     "mode negative": (_with_mode([-1]), "BAD_MODE"),
     "mode too large": (_with_mode([3]), "BAD_MODE"),
     "margin of integers": (_with_margin([0], np.int32), "BAD_DTYPE"),

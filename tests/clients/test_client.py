@@ -1,5 +1,6 @@
 """A call is answered, or fails with its type, before its deadline, whatever became of the server."""
 
+import asyncio
 import math
 import os
 import signal
@@ -7,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -16,6 +17,7 @@ import pytest
 
 from lom_api.v1 import policy_pb2
 from lom_client import (
+    AsyncPolicyClient,
     ClientClosed,
     ContractMismatch,
     DeadlineExceeded,
@@ -25,6 +27,7 @@ from lom_client import (
     PolicyNotFound,
     ServerUnavailable,
 )
+from tests.clients.conftest import AnyClient, Connect, threads
 from tests.support.fake_policy_server import (
     BUNDLE_DIGEST,
     CONTRACT_HASH,
@@ -44,7 +47,12 @@ ROW = [0.1, 0.2, 0.3]
 SLACK_S = 1.0
 
 
-def answers(client: PolicyClient) -> bool:
+@pytest.fixture
+def client(any_client: AnyClient) -> AnyClient:
+    return any_client
+
+
+def answers(client: AnyClient) -> bool:
     try:
         client.act(ROW, deadline_s=0.5)
     except PolicyError:
@@ -52,7 +60,7 @@ def answers(client: PolicyClient) -> bool:
     return True
 
 
-def test_one_row_gets_one_action(client: PolicyClient) -> None:
+def test_one_row_gets_one_action(client: AnyClient) -> None:
     answer = client.act(np.array(ROW), deadline_s=10)
     np.testing.assert_array_equal(answer.actions, np.array([0.1, 0.2], dtype=np.float32))
     assert answer.actions.dtype == np.float32
@@ -66,7 +74,7 @@ def test_one_row_gets_one_action(client: PolicyClient) -> None:
     assert 0 < timings.round_trip_s < 10
 
 
-def test_rows_get_their_own_actions_in_order(client: PolicyClient) -> None:
+def test_rows_get_their_own_actions_in_order(client: AnyClient) -> None:
     rows = np.random.default_rng(0).uniform(-2, 2, (7, 3))
     answer = client.act(rows, deadline_s=10)
     np.testing.assert_array_equal(answer.actions, np.clip(rows[:, :2].astype(np.float32), -1, 1))
@@ -76,13 +84,13 @@ def test_rows_get_their_own_actions_in_order(client: PolicyClient) -> None:
     assert client.act(rows[:1], deadline_s=10).actions.shape == (1, 2)
 
 
-def test_the_actor_chooses_no_mode(client: PolicyClient) -> None:
+def test_the_actor_chooses_no_mode(client: AnyClient) -> None:
     answer = client.act(ROW, deadline_s=10, variant="actor")
     assert (answer.variant, answer.mode, answer.margin) == ("actor", None, None)
 
 
 def test_every_call_carries_contract_policy_variant_and_its_own_sequence(
-    server: FakePolicyServer, client: PolicyClient
+    server: FakePolicyServer, client: AnyClient
 ) -> None:
     for _ in range(3):
         client.act(ROW, deadline_s=10)
@@ -92,27 +100,27 @@ def test_every_call_carries_contract_policy_variant_and_its_own_sequence(
 
 
 @pytest.mark.parametrize("observation", [[math.nan, 0, 0], [0, 0, 0, 0], ["a", "b", "c"]])
-def test_a_bad_observation_is_never_sent(server: FakePolicyServer, client: PolicyClient, observation: Any) -> None:
+def test_a_bad_observation_is_never_sent(server: FakePolicyServer, client: AnyClient, observation: Any) -> None:
     with pytest.raises(InvalidRequest):
         client.act(observation, deadline_s=10)
     assert server.requests == []
 
 
-def test_an_unknown_variant_is_refused_with_the_known_ones(server: FakePolicyServer, client: PolicyClient) -> None:
+def test_an_unknown_variant_is_refused_with_the_known_ones(server: FakePolicyServer, client: AnyClient) -> None:
     with pytest.raises(InvalidRequest, match="greedy_mode, actor, got 'expert'") as caught:
         client.act(ROW, deadline_s=10, variant="expert")
     assert caught.value.reason == "UNKNOWN_VARIANT"
     assert server.requests == []
 
 
-def test_an_unknown_policy_is_named_so(server: FakePolicyServer) -> None:
-    with PolicyClient(server.target, policy="other") as client, pytest.raises(PolicyNotFound):
+def test_an_unknown_policy_is_named_so(server: FakePolicyServer, connect: Connect) -> None:
+    with connect(server.target, policy="other") as client, pytest.raises(PolicyNotFound):
         client.get_spec(deadline_s=10)
 
 
 @pytest.mark.parametrize("deadline_s", [0, -1, math.nan, math.inf, -math.inf, 1e12, 3600.1])
 def test_an_impossible_deadline_never_reaches_the_wire(
-    server: FakePolicyServer, client: PolicyClient, deadline_s: float
+    server: FakePolicyServer, client: AnyClient, deadline_s: float
 ) -> None:
     with pytest.raises(ValueError, match="deadline_s"):
         client.act(ROW, deadline_s=deadline_s)
@@ -122,14 +130,14 @@ def test_an_impossible_deadline_never_reaches_the_wire(
 
 
 @pytest.mark.parametrize("deadline_s", [1e-9, 1e-6])
-def test_a_deadline_too_short_for_any_answer_gets_none(client: PolicyClient, deadline_s: float) -> None:
+def test_a_deadline_too_short_for_any_answer_gets_none(client: AnyClient, deadline_s: float) -> None:
     client.get_spec(deadline_s=10)
     with pytest.raises(DeadlineExceeded):
         client.act(ROW, deadline_s=deadline_s)
 
 
 def test_a_server_that_never_answers_costs_the_deadline_and_learns_of_it(
-    server: FakePolicyServer, client: PolicyClient
+    server: FakePolicyServer, client: AnyClient, kind: str
 ) -> None:
     client.get_spec(deadline_s=10)
     server.act = never_act
@@ -137,15 +145,19 @@ def test_a_server_that_never_answers_costs_the_deadline_and_learns_of_it(
     with pytest.raises(DeadlineExceeded):
         client.act(ROW, deadline_s=0.3)
     assert 0.3 <= time.monotonic() - began_at < 0.3 + SLACK_S
-    assert server.given_up.wait(PATIENCE_S)
+    if "stream" in kind:  # which goes on: the request itself says when it is over
+        assert 0 < server.requests[-1].budget_ns <= 0.3e9
+    else:
+        assert server.given_up.wait(PATIENCE_S)
 
 
 def main_thread_waits_for_the_answer() -> bool:
     frame = sys._current_frames()[threading.main_thread().ident or 0]
-    return [call.f_code.co_name for call, _ in traceback.walk_stack(frame)][:3] == ["wait", "wait", "_call"]
+    return [call.f_code.co_name for call, _ in traceback.walk_stack(frame)][:3] == ["wait", "result", "_outcome"]
 
 
-def test_a_call_that_is_interrupted_is_taken_back(server: FakePolicyServer, client: PolicyClient) -> None:
+@pytest.mark.parametrize("kind", ["call"])
+def test_a_call_that_is_interrupted_is_taken_back(server: FakePolicyServer, client: AnyClient) -> None:
     client.get_spec(deadline_s=10)
 
     def interrupt_and_never_answer(request: policy_pb2.ActRequest, context: Context) -> policy_pb2.ActReply:
@@ -159,7 +171,7 @@ def test_a_call_that_is_interrupted_is_taken_back(server: FakePolicyServer, clie
     assert server.given_up.wait(PATIENCE_S / 2)
 
 
-def test_an_answer_after_the_deadline_is_no_answer(server: FakePolicyServer, client: PolicyClient) -> None:
+def test_an_answer_after_the_deadline_is_no_answer(server: FakePolicyServer, client: AnyClient) -> None:
     client.get_spec(deadline_s=10)
     server.act = late_act(0.4)
     with pytest.raises(DeadlineExceeded):
@@ -167,7 +179,7 @@ def test_an_answer_after_the_deadline_is_no_answer(server: FakePolicyServer, cli
     assert client.act(ROW, deadline_s=10).actions.shape == (2,)
 
 
-def test_the_first_call_has_one_budget_for_spec_and_answer(server: FakePolicyServer, client: PolicyClient) -> None:
+def test_the_first_call_has_one_budget_for_spec_and_answer(server: FakePolicyServer, client: AnyClient) -> None:
     server.spec_delay_s = 1.4
     server.act = never_act
     began_at = time.monotonic()
@@ -177,35 +189,35 @@ def test_the_first_call_has_one_budget_for_spec_and_answer(server: FakePolicySer
     assert time.monotonic() - began_at < 2 * 1.4  # a budget for each of the two would take 2.9 s
 
 
-def test_a_refused_connection_fails_at_once() -> None:
+def test_a_refused_connection_fails_at_once(connect: Connect) -> None:
     with FakePolicyServer() as server:
         target = server.target
-    with PolicyClient(target) as client:
+    with connect(target) as client:
         began_at = time.monotonic()
         with pytest.raises(ServerUnavailable):
             client.act(ROW, deadline_s=20)
         assert time.monotonic() - began_at < 10
 
 
-def test_a_name_that_does_not_resolve_is_a_typed_failure() -> None:
-    with PolicyClient("grpc://robot.invalid:8001") as client, pytest.raises(PolicyError):
+def test_a_name_that_does_not_resolve_is_a_typed_failure(connect: Connect) -> None:
+    with connect("grpc://robot.invalid:8001") as client, pytest.raises(PolicyError):
         client.act(ROW, deadline_s=3)
 
 
-def test_a_peer_that_is_no_policy_server_is_a_typed_failure() -> None:
+def test_a_peer_that_is_no_policy_server_is_a_typed_failure(connect: Connect) -> None:
     server = grpc.server(ThreadPoolExecutor(1))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        with PolicyClient(f"grpc://127.0.0.1:{port}") as client, pytest.raises(PolicyError) as caught:
+        with connect(f"grpc://127.0.0.1:{port}") as client, pytest.raises(PolicyError) as caught:
             client.act(ROW, deadline_s=10)
         assert caught.value.reason == "UNIMPLEMENTED"
     finally:
         server.stop(0).wait(PATIENCE_S)
 
 
-def test_a_server_killed_in_mid_call_is_noticed_and_its_successor_found() -> None:
-    with FakePolicyServerProcess("never") as server, PolicyClient(server.target) as client:
+def test_a_server_killed_in_mid_call_is_noticed_and_its_successor_found(connect: Connect) -> None:
+    with FakePolicyServerProcess("never") as server, connect(server.target) as client:
         client.get_spec(deadline_s=10)
         with ThreadPoolExecutor(1) as pool:
             call = pool.submit(client.act, ROW, deadline_s=30)
@@ -219,8 +231,8 @@ def test_a_server_killed_in_mid_call_is_noticed_and_its_successor_found() -> Non
             wait_until(lambda: answers(client), "an answer from the restarted server", patience_s=5)
 
 
-def test_a_frozen_server_costs_the_deadline_and_is_found_dead_by_the_probe() -> None:
-    with FakePolicyServerProcess() as server, PolicyClient(server.target) as client:
+def test_a_frozen_server_costs_the_deadline_and_is_found_dead_by_the_probe(connect: Connect) -> None:
+    with FakePolicyServerProcess() as server, connect(server.target) as client:
         client.act(ROW, deadline_s=10)
         server.freeze()
         try:
@@ -235,7 +247,7 @@ def test_a_frozen_server_costs_the_deadline_and_is_found_dead_by_the_probe() -> 
         wait_until(lambda: answers(client), "an answer from the thawed server", patience_s=10)
 
 
-def test_a_successor_with_another_contract_is_refused_for_good(server: FakePolicyServer, client: PolicyClient) -> None:
+def test_a_successor_with_another_contract_is_refused_for_good(server: FakePolicyServer, client: AnyClient) -> None:
     client.act(ROW, deadline_s=10)
     server.act = refusing_act(grpc.StatusCode.FAILED_PRECONDITION, "CONTRACT_MISMATCH: expected x, got y")
     for _ in range(2):
@@ -244,10 +256,29 @@ def test_a_successor_with_another_contract_is_refused_for_good(server: FakePolic
     assert server.spec_requests == 1
 
 
-def test_close_ends_calls_in_flight_and_later_ones() -> None:
-    before = set(threading.enumerate())
-    with FakePolicyServer() as server:
-        client = PolicyClient(server.target)
+def test_what_came_in_time_is_no_answer_to_who_looks_too_late() -> None:
+    over_at = time.monotonic() - 1
+    answer: Future[int] = Future()
+    answer.set_result(1)
+    with PolicyClient("grpc://127.0.0.1:8001") as client, pytest.raises(DeadlineExceeded):
+        client._outcome(answer, over_at)
+
+    async def look_too_late() -> None:
+        async with AsyncPolicyClient("grpc://127.0.0.1:8001") as client:
+            answer = asyncio.get_running_loop().create_future()
+            looking = asyncio.create_task(client._outcome(answer, time.monotonic() + 0.05))
+            await asyncio.sleep(0)
+            answer.set_result(1)
+            time.sleep(0.1)
+            with pytest.raises(DeadlineExceeded):
+                await looking
+
+    asyncio.run(look_too_late())
+
+
+def test_close_ends_calls_in_flight_and_later_ones(connect: Connect) -> None:
+    before = threads()
+    with FakePolicyServer() as server, connect(server.target) as client:
         client.act(ROW, deadline_s=10)
         server.act = never_act
         with ThreadPoolExecutor(1) as pool:
@@ -259,17 +290,17 @@ def test_close_ends_calls_in_flight_and_later_ones() -> None:
         client.close()
         with pytest.raises(ClientClosed):
             client.act(ROW, deadline_s=10)
-    wait_until(lambda: set(threading.enumerate()) <= before, "every thread to end")
+    wait_until(lambda: threads() <= before, "every thread to end")
 
 
-def test_a_closed_client_that_never_called_says_so() -> None:
-    client = PolicyClient("grpc://127.0.0.1:8001")
-    client.close()
-    with pytest.raises(ClientClosed):
-        client.act(ROW, deadline_s=10)
+def test_a_closed_client_that_never_called_says_so(connect: Connect) -> None:
+    with connect("grpc://127.0.0.1:8001") as client:
+        client.close()
+        with pytest.raises(ClientClosed):
+            client.act(ROW, deadline_s=10)
 
 
-def test_threads_share_a_client_and_get_their_own_answers(server: FakePolicyServer, client: PolicyClient) -> None:
+def test_threads_share_a_client_and_get_their_own_answers(server: FakePolicyServer, client: AnyClient) -> None:
     def act_often(thread: int) -> bool:
         rows = np.random.default_rng(thread).uniform(-1, 1, (50, 3)).astype(np.float32)
         return all(np.array_equal(client.act(row, deadline_s=20).actions, row[:2]) for row in rows)

@@ -5,56 +5,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from lom_client import ClientConfig, PolicyClient, PolicyError
-from lom_client.config import grpc_target
 from tests.support.fake_policy_server import PATIENCE_S, FakePolicyServer
-
-
-@pytest.mark.parametrize(
-    ("target", "expected"),
-    [
-        ("grpc://127.0.0.1:8001", "dns:///127.0.0.1:8001"),
-        ("grpc://robot-7.cell.example:1", "dns:///robot-7.cell.example:1"),
-        ("grpc://[::1]:65535", "dns:///[::1]:65535"),
-    ],
-)
-def test_a_target_is_understood(target: str, expected: str) -> None:
-    assert grpc_target(target) == expected
-
-
-@pytest.mark.parametrize(
-    "target",
-    [
-        "127.0.0.1:8001",
-        "localhost:8001",
-        "http://127.0.0.1:8001",
-        "grpcs://127.0.0.1:8001",
-        "unix:///run/lom.sock",
-        "grpc://127.0.0.1",
-        "grpc://:8001",
-        "grpc://127.0.0.1:0",
-        "grpc://127.0.0.1:65536",
-        "grpc://127.0.0.1:x",
-        "grpc://127.0.0.1:8001/",
-        "grpc://127.0.0.1:8001/policy",
-        "grpc://127.0.0.1:8001?x=1",
-        "grpc://127.0.0.1:8001#x",
-        "grpc://user@127.0.0.1:8001",
-        "grpc://127.0.0.1:8001,127.0.0.2:8001",
-        "grpc://a b:8001",
-        "grpc://[::1:8001",
-        "grpc://127.0.0.1:8001\n",
-        " grpc://127.0.0.1:8001",
-        "",
-    ],
-)
-def test_any_other_target_is_refused_with_the_form_that_works(target: str) -> None:
-    with pytest.raises(ValueError, match="must be grpc://HOST:PORT"):
-        PolicyClient(target)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +27,12 @@ def test_any_other_target_is_refused_with_the_form_that_works(target: str) -> No
 def test_a_setting_out_of_range_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=field):
         ClientConfig(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["tls_certificate", "tls_key"])
+def test_a_certificate_and_its_key_come_together(field: str) -> None:
+    with pytest.raises(ValueError, match="tls_certificate and tls_key must be given together"):
+        ClientConfig(**cast(Any, {field: Path("file.pem")}))
 
 
 def test_two_clients_share_no_connection() -> None:

@@ -1,23 +1,26 @@
 """Every failure is typed, says why, and says whether it may pass."""
 
-import pickle
+import copy
 
 import grpc
 import pytest
 
+from lom_api.v1 import policy_pb2
 from lom_client import (
     BadReply,
     ContractMismatch,
     DeadlineExceeded,
     InvalidRequest,
+    NotPermitted,
     Overloaded,
-    PolicyClient,
     PolicyError,
     PolicyNotFound,
     ServerFault,
     ServerUnavailable,
+    Superseded,
 )
-from lom_client.errors import error_from_status
+from lom_client.errors import error_from_refusal, error_from_status
+from tests.clients.conftest import AnyClient
 from tests.support.fake_policy_server import FakePolicyServer, refusing_act
 
 Status = grpc.StatusCode
@@ -34,14 +37,19 @@ STATUSES = [
     (Status.UNKNOWN, "Exception calling application: boom", ServerFault, "UNKNOWN", False),
     (Status.UNIMPLEMENTED, "Method not found!", ServerFault, "UNIMPLEMENTED", False),
     (Status.CANCELLED, "", ServerFault, "CANCELLED", False),
-    (Status.PERMISSION_DENIED, "ROLE_REQUIRED: operator", InvalidRequest, "ROLE_REQUIRED", False),
+    (Status.PERMISSION_DENIED, "ROLE_REQUIRED: operator", NotPermitted, "ROLE_REQUIRED", False),
+    (Status.UNAUTHENTICATED, "AUTH_REQUIRED: expected a token", NotPermitted, "AUTH_REQUIRED", False),
+    (Status.NOT_FOUND, "VERSION_NOT_FOUND: expected 1", PolicyNotFound, "VERSION_NOT_FOUND", False),
+    (Status.OUT_OF_RANGE, "OBS_OUT_OF_RANGE: expected 0 to 1", InvalidRequest, "OBS_OUT_OF_RANGE", False),
+    (Status.ABORTED, "SUPERSEDED: a later request", Superseded, "SUPERSEDED", False),
+    (Status.ABORTED, "RELOAD_IN_PROGRESS: wait", ServerFault, "RELOAD_IN_PROGRESS", False),
 ]
 
 
 @pytest.mark.parametrize(("status", "message", "error_class", "reason", "retryable"), STATUSES)
 def test_a_status_becomes_its_typed_failure(
     server: FakePolicyServer,
-    client: PolicyClient,
+    any_client: AnyClient,
     status: grpc.StatusCode,
     message: str,
     error_class: type[PolicyError],
@@ -50,18 +58,43 @@ def test_a_status_becomes_its_typed_failure(
 ) -> None:
     server.act = refusing_act(status, message)
     with pytest.raises(PolicyError) as caught:
-        client.act([0.0, 0.0, 0.0], deadline_s=10)
+        any_client.act([0.0, 0.0, 0.0], deadline_s=10)
     assert type(caught.value) is error_class
     assert (caught.value.reason, caught.value.retryable) == (reason, retryable)
     assert str(caught.value) == f"{reason}: {caught.value.detail}"
     assert caught.value.__cause__ is None
 
 
-def test_no_failure_is_retried_by_the_client(server: FakePolicyServer, client: PolicyClient) -> None:
+@pytest.mark.parametrize(
+    ("message", "retry_after_s"),
+    [
+        ("QUEUE_FULL: 64 rows wait; retry_after_ms 250", 0.25),
+        ("QUEUE_FULL: 64 rows wait; retry_after_ms 0", 0.0),
+        ("QUEUE_FULL: 64 rows wait", None),
+        ("QUEUE_FULL: 64 rows wait; retry_after_ms -5", None),
+        ("QUEUE_FULL: 64 rows wait; retry_after_ms " + "9" * 400, None),
+    ],
+)
+def test_a_hint_when_to_come_back_is_a_number(
+    server: FakePolicyServer, any_client: AnyClient, message: str, retry_after_s: float | None
+) -> None:
+    server.act = refusing_act(Status.RESOURCE_EXHAUSTED, message)
+    with pytest.raises(Overloaded) as caught:
+        any_client.act([0.0, 0.0, 0.0], deadline_s=10)
+    assert caught.value.retry_after_s == retry_after_s
+
+
+@pytest.mark.parametrize("code", [-1 % 2**32, 0, 17, 2**31])
+def test_a_refusal_with_no_code_of_grpc_is_the_servers_fault(code: int) -> None:
+    error = error_from_refusal(policy_pb2.Refusal(code=code, message="QUEUE_FULL: x", retry_after_ms=1500))
+    assert (type(error), error.reason, error.retry_after_s) == (ServerFault, "QUEUE_FULL", 1.5)
+
+
+def test_no_failure_is_retried_by_the_client(server: FakePolicyServer, any_client: AnyClient) -> None:
     server.act = refusing_act(Status.UNAVAILABLE, "DRAINING: shutting down")
     before = len(server.requests)
     with pytest.raises(ServerUnavailable):
-        client.act([0.0, 0.0, 0.0], deadline_s=10)
+        any_client.act([0.0, 0.0, 0.0], deadline_s=10)
     assert len(server.requests) == before + 1
 
 
@@ -86,6 +119,11 @@ def test_a_hostile_text_is_one_bounded_printable_line() -> None:
     assert len(error.detail) == 300
 
 
-def test_failures_survive_pickling() -> None:
-    error = pickle.loads(pickle.dumps(Overloaded("QUEUE_FULL", "64 rows wait")))
-    assert (type(error), error.reason, error.detail) == (Overloaded, "QUEUE_FULL", "64 rows wait")
+def test_a_failure_can_be_copied() -> None:
+    error = copy.deepcopy(Overloaded("QUEUE_FULL", "64 rows wait", retry_after_s=0.5))
+    assert (type(error), error.reason, error.detail, error.retry_after_s) == (
+        Overloaded,
+        "QUEUE_FULL",
+        "64 rows wait",
+        0.5,
+    )

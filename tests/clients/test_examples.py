@@ -30,13 +30,15 @@ def test_minimal_act(server: FakePolicyServer) -> None:
 
 
 def test_control_loop(server: FakePolicyServer) -> None:
-    printed = run_example("control_loop.py", "tests.clients.toy_environments:Toy-v0", server.target, "10")
-    assert "\n10 ticks: " in "\n" + printed
-    assert not printed.endswith(" 10 safe\n")
+    printed = run_example("control_loop.py", "tests.clients.toy_environments:Toy-v0", server.target, "25")
+    told = re.fullmatch(r"(?:.*\n)*25 ticks: (\d+) fresh, (\d+) held, (\d+) by the fallback, (\d+) stopped\n", printed)
+    assert told
+    assert int(told[1]) > 0
+    assert sum(map(int, told.groups())) == 25
 
 
 def test_control_loop_goes_on_without_answers(server: FakePolicyServer) -> None:
     server.act = never_act
-    printed = run_example("control_loop.py", "tests.clients.toy_environments:Toy-v0", server.target, "5")
-    assert printed.count("safe because DEADLINE_EXCEEDED") == 5
-    assert printed.endswith("5 ticks: 0 fresh, 0 held, 5 safe\n")
+    printed = run_example("control_loop.py", "tests.clients.toy_environments:Toy-v0", server.target, "8")
+    assert "tick 6: degraded -> fallback because DEADLINE_EXCEEDED\n" in printed
+    assert printed.endswith("8 ticks: 0 fresh, 5 held, 3 by the fallback, 0 stopped\n")

@@ -71,6 +71,17 @@ def test_the_program_runs_by_itself(server: FakePolicyServer, tmp_path: Path) ->
     assert json.loads((tmp_path / "r.json").read_text())["variant"] == "actor"
 
 
+def test_it_asks_over_a_stream_with_a_token(server: FakePolicyServer, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef")
+    token.chmod(0o600)
+    arguments = ["--target", server.target, "--env", "Toy-v0", "--episodes", "2"]
+    assert main([*arguments, "--stream", "--token-file", str(token), "--version", "1"]) == 0
+    assert server.streams == 1
+    assert {metadata["authorization"] for metadata in server.metadata} == {"Bearer 0123456789abcdef"}
+    assert {request.version for request in server.requests} == {1}
+
+
 def test_an_installed_package_brings_its_environments(
     server: FakePolicyServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +104,11 @@ USER_ERRORS = [
     (["--env", "Toy-v0", "--variant", "expert"], 2, "expected one of greedy_mode, actor, got 'expert'"),
     (["--env", "Toy-v0", "--policy", "other"], 1, "MODEL_NOT_FOUND"),
     (["--env", "Toy-v0", "--target", "http://127.0.0.1:1"], 2, "grpc://HOST:PORT"),
+    (["--env", "Toy-v0", "--version", "0"], 2, "version must be between 1 and"),
+    (["--env", "Toy-v0", "--version", "2"], 1, "WRONG_VERSION"),
+    (["--env", "Toy-v0", "--tls-ca", "ca.pem"], 2, "tls_ca needs a target grpcs://"),
+    (["--env", "Toy-v0", "--tls-key", "key.pem"], 2, "must be given together"),
+    (["--env", "Toy-v0", "--token-file", "/nowhere/token"], 2, "expected a readable file"),
 ]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lom_client import ControlLoop, InvalidRequest, PolicyClient, PolicyError, PolicyNotFound, Source
+from lom_client import ControlLoop, InvalidRequest, LoopConfig, PolicyClient, PolicyError, PolicyNotFound, Source
 from lom_client.main import main
 from tests.clients import toy_environments  # noqa: F401  registers Toy-v0
 from tests.support import bundles
@@ -66,7 +66,7 @@ def test_a_row_unlike_the_training_data_is_worth_a_warning(client: PolicyClient,
 
 
 def test_the_control_loop_is_fresh(client: PolicyClient) -> None:
-    with ControlLoop(client, period_s=10, safe_action=[0, 0]) as loop:
+    with ControlLoop(client, LoopConfig(period_s=10, kinds="position", safe_action=[0, 0])) as loop:
         assert {loop.step([0.1, 0.2, 0.3]).source for _ in range(20)} == {Source.FRESH}
 
 

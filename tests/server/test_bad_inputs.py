@@ -27,7 +27,7 @@ from lom_api.codec import pack_array
 from lom_api.v1 import admin_pb2, policy_pb2
 from lom_server.edges.oip_schema import message_type
 from tests.support.bundles import Flaws, toy_graphs, write_test_bundle, write_test_repository
-from tests.support.servers import PATIENCE_S, running_server, wait_until
+from tests.support.servers import PATIENCE_S, running_server
 
 SERVICE = "/lom_api.v1.PolicyService"
 ADMIN = "/lom_api.v1.AdminService"
@@ -80,16 +80,16 @@ class Servers:
     """What the rows talk to.
 
     Attributes:
-        channel, admin_channel: to a server that takes everybody.
+        channel, admin_channel: to a server that takes everybody; untyped, as they send raw bytes.
         guarded_channel, guarded_admin_channel: to one with tokens, few calls at once and a low rate.
         address: of the first.
         repository: its folder.
     """
 
-    channel: grpc.Channel
-    admin_channel: grpc.Channel
-    guarded_channel: grpc.Channel
-    guarded_admin_channel: grpc.Channel
+    channel: Any
+    admin_channel: Any
+    guarded_channel: Any
+    guarded_admin_channel: Any
     address: str
     repository: Path
 
@@ -120,6 +120,11 @@ def ended(call: Any) -> Answer:
         trailers=dict(call.trailing_metadata() or ()),
         reply=call.result() if code is OK else b"",
     )
+
+
+def connected(address: str) -> Any:
+    """A channel with a connection of its own."""
+    return grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)])
 
 
 def tensor(array: Any = OBSERVATION, name: str = "observation", **changes: Any) -> policy_pb2.Tensor:
@@ -214,7 +219,7 @@ def reads_nothing(servers: Servers) -> Answer:
             sent = sequence
             yield request(tensor(np.zeros((MAX_BATCH_ROWS, 3))), sequence=sequence, explain=True)
 
-    with grpc.insecure_channel(servers.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+    with connected(servers.address) as channel:
         call = channel.stream_stream(f"{SERVICE}/ActStream")(send(), timeout=PATIENCE_S)
         settled = -1
         while settled != sent:  # everything is full: answers, requests, the connection
@@ -274,14 +279,12 @@ def asks_while_it_is_loaded(servers: Servers) -> Answer:
     write_test_bundle(servers.repository / "late" / "1", policy="late", flaws=Flaws(burn_layers=100))
     loading = threading.Thread(target=servers.load, args=("late", 1))
     loading.start()
-    answers: list[Answer] = []
-    wait_until(
-        lambda: answers.append(servers.act(request(policy="late"))) or answers[-1].code is not NOT_FOUND,
-        "the server has heard of the policy",
-    )
+    answer = servers.act(request(policy="late"))
+    while answer.code is NOT_FOUND:  # the server has not heard of the policy yet
+        answer = servers.act(request(policy="late"))
     loading.join()
     assert servers.act(request(policy="late")).code is OK
-    return answers[-1]
+    return answer
 
 
 def unloads_what_serves(servers: Servers) -> Answer:
@@ -299,7 +302,7 @@ def loads_an_unsigned_bundle(servers: Servers) -> Answer:
     admin = f"unix:{folder.parent}/trusting.sock"
     with (
         running_server(folder, "--pin", "toy=1", "--trusted-keys", str(public), "--admin-listen", admin),
-        grpc.insecure_channel(admin, [("grpc.use_local_subchannel_pool", 1)]) as channel,
+        connected(admin) as channel,
     ):
         call = channel.unary_unary(f"{ADMIN}/LoadPolicy")
         message = admin_pb2.LoadPolicyRequest(policy="toy", version=2).SerializeToString()
@@ -309,22 +312,20 @@ def loads_an_unsigned_bundle(servers: Servers) -> Answer:
 def asks_while_it_drains(servers: Servers) -> Answer:
     with (
         running_server(servers.repository, "--pin", "toy=1", "--max-batch-rows", "16") as server,
-        grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)]) as channel,
+        connected(server.address) as channel,
     ):
         call = channel.unary_unary(f"{SERVICE}/Act")
         heavy = request(tensor(np.zeros((MAX_BATCH_ROWS, 3))), policy="slow")
         under_way = [call.future(heavy, timeout=PATIENCE_S) for _ in range(20)]
         server.process.terminate()
-        answers: list[Answer] = []
-        wait_until(
-            lambda: answers.append(ended(call.future(request(), timeout=PATIENCE_S))) or answers[-1].code is not OK,
-            "the server to refuse",
-        )
+        answer = Answer(code=OK)
+        while answer.code is OK:
+            answer = ended(call.future(request(), timeout=PATIENCE_S))
         # CANCELLED is gRPC's own word for what it had not handed over yet when it closed.
         codes = {ended(future).code for future in under_way}
         assert codes <= {OK, EXHAUSTED, UNAVAILABLE, grpc.StatusCode.CANCELLED}
         assert server.wait() == 0
-        return answers[-1]
+        return answer
 
 
 def raw_bytes(content: bytes) -> Callable[[Servers], Answer]:
@@ -411,9 +412,8 @@ def overshoots(servers: Servers) -> Answer:
 
 def wrong_ca(servers: Servers) -> Answer:
     # A TLS client at a plaintext port sees what one with the wrong authority sees: no connection.
-    with grpc.secure_channel(
-        servers.address, grpc.ssl_channel_credentials(), [("grpc.use_local_subchannel_pool", 1)]
-    ) as channel:
+    channel: Any = grpc.secure_channel(servers.address, grpc.ssl_channel_credentials())
+    with channel:
         return ended(channel.unary_unary(f"{SERVICE}/Act").future(request(), timeout=PATIENCE_S))
 
 

@@ -80,7 +80,7 @@ def test_not_serving_until_the_golden_rows_pass(tmp_path: Path) -> None:
                     assert server.stdout == []
                     with pytest.raises(grpc.RpcError) as refusal:
                         act(address)
-                    assert refusal.value.details().startswith("MODEL_LOADING: ")
+                    assert str(refusal.value.details()).startswith("MODEL_LOADING: ")
             assert seen == [NOT_SERVING, SERVING]
             named = health.Check(health_pb2.HealthCheckRequest(service=POLICY), timeout=PATIENCE_S)
             assert named.status == SERVING

@@ -169,6 +169,7 @@ class FakePolicyServer:
         metadata: of every call and stream so far.
         spec_requests: `GetPolicySpec` requests so far.
         spec_delay_s: how late the spec is.
+        holds_streams: whether a stream whose caller asks no more is kept open until the caller leaves.
         most_at_once: the most `Act` requests that were in work at one time.
         given_up: set when a caller ended a call before it was answered.
     """
@@ -184,6 +185,7 @@ class FakePolicyServer:
         self.act = act
         self.spec = spec or honest_spec()
         self.spec_delay_s = 0.0
+        self.holds_streams = False
         self.requests: list[policy_pb2.ActRequest] = []
         self.peers: list[str] = []
         self.streams = 0
@@ -267,7 +269,13 @@ class FakePolicyServer:
             self.streams += 1
             self.open_streams += 1
             self.metadata.append(dict(context.invocation_metadata()))
-        context.add_callback(self._count_ended_stream)
+
+        def end() -> None:
+            with self._lock:
+                self.open_streams -= 1
+            answers.put(None)
+
+        context.add_callback(end)
 
         def answer(request: policy_pb2.ActRequest) -> None:
             try:
@@ -288,16 +296,12 @@ class FakePolicyServer:
                 wait(under_way)
             except grpc.RpcError:
                 pass  # the caller has gone
-            finally:
+            if not self.holds_streams:
                 answers.put(None)
 
         threading.Thread(target=read, daemon=True).start()
         while (reply := answers.get()) is not None:
             yield reply
-
-    def _count_ended_stream(self) -> None:
-        with self._lock:
-            self.open_streams -= 1
 
     def _get_policy_spec(self, request: policy_pb2.GetPolicySpecRequest, context: Context) -> policy_pb2.PolicySpec:
         self.spec_requests += 1

@@ -45,6 +45,22 @@ class Score:
 
 
 @dataclass(frozen=True, eq=False)
+class Explanation:
+    """What every component of the behaviour mixture would have meant.
+
+    **Shapes**: with the leading axes of the observations, `hyper_q` and `mixing_weights` float32[..., M],
+    `component_means` and `component_log_stds` float32[..., M, A].
+
+    **Units**: means in environment units, log-stds of actions scaled to [-1, 1].
+    """
+
+    hyper_q: NDArray[np.float32]
+    mixing_weights: NDArray[np.float32]
+    component_means: NDArray[np.float32]
+    component_log_stds: NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
 class Actions:
     """Checked actions, ready for the environment.
 
@@ -54,6 +70,9 @@ class Actions:
 
     `scores` holds what the bundle can warn by: `state_score` (is the observation like the training data?) and
     `action_score` (would the behaviour have acted like this?); empty where the bundle was not calibrated.
+
+    `explanation` is None unless it was asked for. `is_clamped` says that the policy's own action had to be cut to the
+    action space, which a sound bundle never needs.
 
     **Units**: environment units, finite and inside the action space without exception.
     """
@@ -68,6 +87,8 @@ class Actions:
     sequence: int
     timings: Timings
     scores: Mapping[str, Score]
+    explanation: Explanation | None = None
+    is_clamped: bool = False
 
 
 def read_reply(
@@ -95,12 +116,15 @@ def read_reply(
         raise BadReply("WRONG_POLICY", "the reply comes from another policy than the one asked for")
     if reply.variant != request.variant:
         raise BadReply("WRONG_VARIANT", f"expected {request.variant}, got another one")
+    if request.version and reply.version != request.version:
+        raise BadReply("WRONG_VERSION", f"expected {request.version}, got {reply.version}")
     if not reply.bundle_digest:
         raise BadReply("MISSING_DIGEST", "the reply does not name the bundle that answered")
 
     rows = request.inputs[0].shape[0]
     actions = _read_tensor(reply.action, "action", np.dtype(np.float32), (rows, spec.action.width))
-    mode, margin = _read_mode(reply, rows, spec)
+    num_components = _num_components(reply, spec)
+    mode, margin = _read_mode(reply, request, rows, num_components)
     return Actions(
         actions=_inside(spec.action, actions).reshape(*leading, spec.action.width),
         variant=reply.variant,
@@ -117,6 +141,8 @@ def read_reply(
             round_trip_s=round_trip_s,
         ),
         scores=_read_scores(reply, rows, leading),
+        explanation=_read_explanation(reply, request, leading, spec.action.width, num_components),
+        is_clamped=reply.is_clamped,
     )
 
 
@@ -128,12 +154,24 @@ def _read_scores(reply: policy_pb2.ActReply, rows: int, leading: tuple[int, ...]
         values = _read_tensor(score.values, "score", np.dtype(np.float32), (rows,))
         if not np.isfinite(score.threshold):
             raise BadReply("BAD_SCORES", "expected a finite threshold")
-        scores[score.name] = Score(values=values.reshape(leading).copy(), threshold=score.threshold)
+        read = Score(values=values.reshape(leading).copy(), threshold=score.threshold)
+        if score.warns and list(score.warns) != read.warns.reshape(-1).tolist():
+            raise BadReply("BAD_SCORES", "expected the rows that warn to be those above the threshold")
+        scores[score.name] = read
     return scores
 
 
+def _num_components(reply: policy_pb2.ActReply, spec: PolicySpec) -> int:
+    """Components of the bundle that answered: one of the same contract may have another number of them."""
+    if reply.bundle_digest == spec.bundle_digest:
+        return spec.num_components
+    if len(reply.explanation.hyper_q.shape) == 2:
+        return reply.explanation.hyper_q.shape[1]
+    return np.iinfo(np.int32).max
+
+
 def _read_mode(
-    reply: policy_pb2.ActReply, rows: int, spec: PolicySpec
+    reply: policy_pb2.ActReply, request: policy_pb2.ActRequest, rows: int, num_components: int
 ) -> tuple[NDArray[np.int32] | None, NDArray[np.float32] | None]:
     expected = reply.variant == GREEDY_MODE
     if reply.HasField("mode") != expected or reply.HasField("margin") != expected:
@@ -142,13 +180,41 @@ def _read_mode(
         return None, None
     mode = _read_tensor(reply.mode, "mode", np.dtype(np.int32), (rows,))
     margin = _read_tensor(reply.margin, "margin", np.dtype(np.float32), (rows,))
-    # Another bundle of the same contract may have another number of components.
-    num_components = spec.num_components if reply.bundle_digest == spec.bundle_digest else np.iinfo(np.int32).max
     if (mode < 0).any() or (mode >= num_components).any():
         raise BadReply("BAD_MODE", f"expected components 0 to {num_components - 1}")
+    if request.HasField("mode") and (mode != request.mode).any():
+        raise BadReply("BAD_MODE", f"expected the component {request.mode} that was asked for")
     if np.isinf(margin).any() or (margin < 0).any():
         raise BadReply("BAD_MARGIN", "expected margins of 0 or more, or NaN")
     return mode.copy(), margin.copy()
+
+
+def _read_explanation(
+    reply: policy_pb2.ActReply,
+    request: policy_pb2.ActRequest,
+    leading: tuple[int, ...],
+    action_width: int,
+    num_components: int,
+) -> Explanation | None:
+    if reply.HasField("explanation") != request.explain:
+        raise BadReply("WRONG_FIELDS", "an explanation belongs to a request that asks for it and to nothing else")
+    if not request.explain:
+        return None
+    message = reply.explanation
+    rows = request.inputs[0].shape[0]
+
+    def read(role: str, tensor: policy_pb2.Tensor, *axes: int) -> NDArray[np.float32]:
+        values = _read_tensor(tensor, role, np.dtype(np.float32), (rows, *axes))
+        if not np.isfinite(values).all():
+            raise BadReply("BAD_EXPLANATION", f"{role}: expected finite numbers")
+        return values.reshape(*leading, *axes).copy()
+
+    return Explanation(
+        hyper_q=read("hyper_q", message.hyper_q, num_components),
+        mixing_weights=read("mixing_weights", message.mixing_weights, num_components),
+        component_means=read("component_means", message.component_means, num_components, action_width),
+        component_log_stds=read("component_log_stds", message.component_log_stds, num_components, action_width),
+    )
 
 
 def _read_tensor(tensor: policy_pb2.Tensor, role: str, dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> Array:

@@ -7,7 +7,10 @@ import re
 
 import grpc
 
+from lom_api.v1 import policy_pb2
+
 _CODED_MESSAGE = re.compile(r"([A-Z][A-Z0-9_]{2,47}): (.*)", re.DOTALL)
+_RETRY_HINT = re.compile(r"retry_after_ms ([0-9]{1,9})\b")
 _MAX_DETAIL_CHARS = 300
 
 
@@ -20,14 +23,16 @@ class PolicyError(Exception):
         detail: one printable line: what was wrong, what was expected, what was got.
         retryable: True where the same request may succeed later without anybody changing anything.
             It is never permission to repeat the call within one control tick: a retried action is a stale one.
+        retry_after_s: how long the server asks to be left alone; None where it did not say.
     """
 
     retryable: bool = False
 
-    def __init__(self, reason: str, detail: str) -> None:
+    def __init__(self, reason: str, detail: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(reason, detail)
         self.reason = str(reason)
         self.detail = detail
+        self.retry_after_s = retry_after_s
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}"
@@ -37,8 +42,12 @@ class InvalidRequest(PolicyError):
     """The request contradicts the policy's contract; found here before sending, or by the server."""
 
 
+class NotPermitted(PolicyError):
+    """The server does not know who asks, or does not allow it."""
+
+
 class PolicyNotFound(PolicyError):
-    """The server does not serve the policy that was asked for."""
+    """The server does not serve the policy, or the version of it, that was asked for."""
 
 
 class ContractMismatch(PolicyError):
@@ -49,6 +58,10 @@ class Overloaded(PolicyError):
     """The server refused at once because it could not have answered in time."""
 
     retryable = True
+
+
+class Superseded(PolicyError):
+    """A later call on the same stream took this one's place."""
 
 
 class DeadlineExceeded(PolicyError):
@@ -78,29 +91,50 @@ class ClientClosed(PolicyError):
 _ERRORS: dict[grpc.StatusCode, type[PolicyError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
-    grpc.StatusCode.UNAUTHENTICATED: InvalidRequest,
-    grpc.StatusCode.PERMISSION_DENIED: InvalidRequest,
+    grpc.StatusCode.UNAUTHENTICATED: NotPermitted,
+    grpc.StatusCode.PERMISSION_DENIED: NotPermitted,
     grpc.StatusCode.NOT_FOUND: PolicyNotFound,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.UNAVAILABLE: ServerUnavailable,
 }
+_ERRORS_BY_REASON: dict[tuple[grpc.StatusCode, str], type[PolicyError]] = {
+    (grpc.StatusCode.FAILED_PRECONDITION, "CONTRACT_MISMATCH"): ContractMismatch,
+    (grpc.StatusCode.ABORTED, "SUPERSEDED"): Superseded,
+}
+_STATUS_CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
 def error_from_status(code: grpc.StatusCode, message: str) -> PolicyError:
-    """The one mapping from a gRPC status to a typed failure; whatever is not in the table is a ServerFault."""
+    """The one mapping from a gRPC status to a typed failure; whatever is not in the tables is a ServerFault."""
     # gRPC's own texts: they carry no reason code, and their status alone would name the wrong culprit.
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "message larger than max" in message:
         error = BadReply if "CLIENT: Received" in message else InvalidRequest
         return error("MESSAGE_TOO_LARGE", _printable(message))
-    if code is grpc.StatusCode.INTERNAL and message.startswith("Exception deserializing response"):
-        return BadReply("MALFORMED_MESSAGE", "the reply is not the message that the contract names")
 
     coded = _CODED_MESSAGE.fullmatch(message)
     reason, detail = (coded[1], coded[2]) if coded else (code.name, message)
-    if code is grpc.StatusCode.FAILED_PRECONDITION and reason == "CONTRACT_MISMATCH":
-        return ContractMismatch(reason, _printable(detail))
-    return _ERRORS.get(code, ServerFault)(reason, _printable(detail))
+    failure = _ERRORS_BY_REASON.get((code, reason)) or _ERRORS.get(code, ServerFault)
+    hint = _RETRY_HINT.search(detail)
+    return failure(reason, _printable(detail), retry_after_s=int(hint[1]) * 1e-3 if hint else None)
+
+
+def error_from_refusal(refusal: policy_pb2.Refusal) -> PolicyError:
+    """The failure that a stream's refusal stands for: the one that a call by itself would have met."""
+    error = error_from_status(_STATUS_CODES.get(refusal.code, grpc.StatusCode.UNKNOWN), refusal.message)
+    if refusal.retry_after_ms:
+        error.retry_after_s = refusal.retry_after_ms * 1e-3
+    return error
+
+
+def client_closed() -> ClientClosed:
+    """`close()` was called."""
+    return ClientClosed("CLIENT_CLOSED", "this client was closed")
+
+
+def malformed_reply() -> BadReply:
+    """What arrived cannot be read."""
+    return BadReply("MALFORMED_MESSAGE", "the reply is not the message that the contract names")
 
 
 def _printable(text: str) -> str:

@@ -1,141 +1,59 @@
-"""What the robot does this tick: a pure function of what is known, so that a virtual clock can test it."""
+"""A user's fallback, kept from doing harm: tried before it is needed, watched when it is."""
 
-from dataclasses import dataclass, field
-from enum import StrEnum
+import time
+from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lom_api.reasons import Reason
+from lom_client.level_rules import LevelRules, Vector
+from lom_client.loop_config import Fallback
 
-
-class Source(StrEnum):
-    """Where the values of a tick come from."""
-
-    FRESH = "fresh"
-    """The policy's answer to this tick's own observation."""
-    HOLD = "hold"
-    """The policy's newest answer to an earlier observation, still young enough."""
-    SAFE = "safe"
-    """The safe action."""
+LONGEST_ANSWER_S = 200e-6
+_TRIALS = 5
 
 
-@dataclass(frozen=True, eq=False)
-class FallbackRules:
-    """What may be put out at all. **Shapes**: `low`, `high`, `safe_action` float32[A], environment units.
+class GuardedFallback:
+    """Calls the function; whatever it does wrong is None.
 
-    Raises:
-        ValueError: the safe action is not finite, not inside the bounds or of another shape; a bound is NaN or above
-            its upper bound; the period or the hold limit is out of range.
+    **Threads**: one.
     """
 
-    low: NDArray[np.float32]
-    high: NDArray[np.float32]
-    safe_action: NDArray[np.float32]
-    period_s: float
-    hold_limit: int
+    def __init__(self, function: Fallback, rules: LevelRules) -> None:
+        """Tries the function with the safe action as the command before.
 
-    def __post_init__(self) -> None:
-        if self.low.ndim != 1 or self.low.shape != self.high.shape or not (self.low <= self.high).all():
-            raise ValueError("action bounds must be two vectors of one length, the lower one below the upper one")
-        fault = self.fault_of(self.safe_action)
-        if fault:
-            raise ValueError(f"safe_action {self.safe_action} cannot be put out: {fault}")
-        if not 0 < self.period_s <= 3600:
-            raise ValueError(f"period_s must be above 0 and at most 3600, got {self.period_s}")
-        if self.hold_limit < 0:
-            raise ValueError(f"hold_limit must be 0 or more ticks, got {self.hold_limit}")
+        Raises:
+            ValueError: it raises, is slow in each of several trials, or answers what must not be put out.
+        """
+        self._function = function
+        self._longest_s = rules.period_ns * 1e-9
+        durations_s = []
+        for _ in range(_TRIALS):
+            began_at = time.perf_counter()
+            answer = self(rules.safe_action, None)
+            durations_s.append(time.perf_counter() - began_at)
+            if answer is None:
+                raise ValueError("fallback must answer the safe action with numbers, it failed")
+            if len(answer) != len(rules.kinds):
+                raise ValueError(f"fallback must answer {len(rules.kinds)} numbers, got {len(answer)}")
+            for index, (value, low, high) in enumerate(zip(answer, rules.low, rules.high, strict=True)):
+                if not low <= value <= high:
+                    raise ValueError(f"fallback must answer between {low} and {high} in [{index}], got {value}")
+        # The machine may have been busy; not every time.
+        if min(durations_s) > LONGEST_ANSWER_S:
+            raise ValueError(
+                f"fallback must answer within {LONGEST_ANSWER_S * 1e6:.0f} µs, took {min(durations_s) * 1e6:.0f}"
+            )
 
-    def fault_of(self, values: NDArray[np.float32]) -> str:
-        """Why these values must not be put out; empty when they may."""
-        if values.shape != self.low.shape:
-            return Reason.BAD_SHAPE
-        if not np.isfinite(values).all():
-            return Reason.NON_FINITE_ACTION
-        if (values < self.low).any() or (values > self.high).any():
-            return "ACTION_OUT_OF_BOUNDS"
-        return ""
-
-    def may_hold(self, answer: "Answer", tick: int, now: float) -> bool:
-        """An answer serves `hold_limit` ticks beyond its own, and no longer than they take even if the loop stalls."""
-        return (
-            tick - answer.tick <= self.hold_limit and now - answer.observed_at <= (self.hold_limit + 1) * self.period_s
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Answer:
-    """Event: the policy answered the observation of `tick`, taken at `observed_at` (monotonic seconds)."""
-
-    tick: int
-    observed_at: float
-    values: NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Miss:
-    """Event: there is no answer to the observation of `tick`, for `reason`."""
-
-    tick: int
-    reason: str
-
-
-@dataclass(frozen=True, eq=False)
-class LoopAction:
-    """The output of one tick.
-
-    Attributes:
-        values: float32[A], finite and inside the bounds; the caller's own copy.
-        source: where the values come from.
-        age_s: seconds since the observation that the values answer; None for the safe action.
-        reason: why there is no fresh answer; empty when there is.
-        tick: count of this tick, from 1.
-    """
-
-    values: NDArray[np.float32]
-    source: Source
-    age_s: float | None
-    reason: str
-    tick: int
-
-
-@dataclass(frozen=True, eq=False)
-class LoopState:
-    """What one tick leaves to the next: its number, and the newest sound answer."""
-
-    tick: int = 0
-    newest: Answer | None = field(default=None)
-
-
-def decide(rules: FallbackRules, state: LoopState, event: Answer | Miss, now: float) -> tuple[LoopState, LoopAction]:
-    """One tick: a fresh answer, else the newest one while it is young enough, else the safe action.
-
-    Args:
-        rules: what may be put out.
-        state: what the tick before left; `LoopState()` before the first.
-        event: the newest thing known when the tick must decide; it may belong to an earlier tick.
-        now: monotonic seconds.
-    """
-    tick = state.tick + 1
-    newest = state.newest
-    reason = Reason.DEADLINE_EXCEEDED if event.tick != tick else ""
-    if isinstance(event, Miss):
-        reason = reason or event.reason
-    else:
-        fault = rules.fault_of(event.values)
-        reason = fault or reason
-        is_newer = newest is None or event.tick > newest.tick
-        if not fault and is_newer and event.tick <= tick:
-            newest = event
-
-    if newest is not None and newest.tick == tick and rules.may_hold(newest, tick, now):
-        output = _output(newest, Source.FRESH, "", tick, now)
-    elif newest is not None and rules.may_hold(newest, tick, now):
-        output = _output(newest, Source.HOLD, reason, tick, now)
-    else:
-        output = LoopAction(rules.safe_action.copy(), Source.SAFE, None, reason or "STALE", tick)
-    return LoopState(tick, newest), output
-
-
-def _output(answer: Answer, source: Source, reason: str, tick: int, now: float) -> LoopAction:
-    return LoopAction(answer.values.copy(), source, now - answer.observed_at, reason, tick)
+    def __call__(self, command: Vector, measured: Vector | None) -> Sequence[float] | None:
+        """The function's answer; None where it raised, took longer than a period, or did not answer one vector."""
+        began_at = time.perf_counter()
+        try:
+            answer = np.asarray(
+                self._function(np.array(command), None if measured is None else np.array(measured)), dtype=np.float64
+            )
+        except Exception:
+            return None
+        if answer.ndim != 1 or time.perf_counter() - began_at > self._longest_s:
+            return None
+        values: list[float] = answer.tolist()
+        return values

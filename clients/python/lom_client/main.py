@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lom_client.client import PolicyClient
+from lom_client.config import ClientConfig
 from lom_client.errors import PolicyError
 
 if TYPE_CHECKING:
@@ -37,9 +38,11 @@ class ActConfig:
     env: str
     """Gymnasium environment id, for example lom/Fork-v0."""
     target: str = "grpc://127.0.0.1:8001"
-    """The server, grpc://HOST:PORT."""
+    """The server: grpc://HOST:PORT, grpcs://HOST:PORT for TLS, unix:/PATH, or inproc:BUNDLE for none at all."""
     policy: str | None = None
     """Name of the policy; left out: the only one that the server has."""
+    version: int | None = None
+    """The version to be acted by; left out: the one that the server prefers."""
     variant: str | None = None
     """greedy_mode or actor; left out: the policy's default."""
     episodes: int = 10
@@ -48,6 +51,16 @@ class ActConfig:
     """Episode i resets with seed + i; 0 or more."""
     deadline_s: float = 1.0
     """Seconds that each action may take, above 0 and at most 3600. One that comes later ends the run."""
+    stream: bool = False
+    """Ask over one stream instead of a call for each action: quicker."""
+    tls_ca: Path | None = None
+    """PEM certificates of the authorities that certify a grpcs:// server; left out: the public ones."""
+    tls_certificate: Path | None = None
+    """PEM certificate that a grpcs:// server may ask for; needs --tls-key."""
+    tls_key: Path | None = None
+    """PEM private key of --tls-certificate."""
+    token_file: Path | None = None
+    """File with the token that a server may ask for, mode 0600."""
     json: Path | None = None
     """Also write the report to this file; its folder must exist."""
 
@@ -131,7 +144,9 @@ def _play(config: ActConfig) -> "EpisodeReport":
     from lom_client.episodes import play_episodes
 
     # The server is asked first: an environment may take seconds to load, a missing server is known at once.
-    with PolicyClient(config.target, policy=config.policy) as client:
+    with PolicyClient(
+        config.target, policy=config.policy, version=config.version, config=_client_config(config)
+    ) as client:
         spec = client.get_spec(deadline_s=max(config.deadline_s, 5.0))
         if config.variant is not None and config.variant not in spec.variants:
             raise _UsageError(f"--variant: expected one of {', '.join(spec.variants)}, got {config.variant!r}")
@@ -151,6 +166,16 @@ def _play(config: ActConfig) -> "EpisodeReport":
                 )
         finally:
             env.close()
+
+
+def _client_config(config: ActConfig) -> ClientConfig:
+    return ClientConfig(
+        tls_ca=config.tls_ca,
+        tls_certificate=config.tls_certificate,
+        tls_key=config.tls_key,
+        token_file=config.token_file,
+        use_stream=config.stream,
+    )
 
 
 def _make_env(env_id: str) -> "gymnasium.Env[Any, Any]":

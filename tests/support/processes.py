@@ -1,0 +1,32 @@
+"""What a test may know of processes that it did not start itself."""
+
+import os
+from pathlib import Path
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes that `pid` started and that it has not yet waited for."""
+    tasks = Path(f"/proc/{pid}/task")
+    return [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    """Whether `pid` exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def command_of(pid: int) -> str:
+    """The command line of `pid`; empty where it has gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def policy_processes(pid: int | None = None) -> list[int]:
+    """Children of `pid`, by default of this process, that ask policies for control loops."""
+    children = children_of(os.getpid() if pid is None else pid)
+    return [child for child in children if "lom_client.policy_process" in command_of(child) and is_running(child)]
