@@ -238,7 +238,7 @@ def test_a_request_that_was_given_up_before_it_could_leave_is_not_sent() -> None
         calls.append(UnconnectedCall(requests))
         return calls[-1]
 
-    stream = ActionStream(cast(Method, cast(Any, method)), ())
+    stream = ActionStream(cast(Method, cast(Any, method)), lambda: ())
     answers = [stream.act(policy_pb2.ActRequest(), time.monotonic() + 60) for _ in range(3)]
     stream.act(policy_pb2.ActRequest(), time.monotonic() - 1)
     answers[0].cancel()
@@ -275,7 +275,7 @@ async def test_on_an_event_loop_it_is_not_sent_either() -> None:
         calls.append(AsyncUnconnectedCall(requests))
         return calls[-1]
 
-    stream = AsyncActionStream(cast(Any, method), ())
+    stream = AsyncActionStream(cast(Any, method), lambda: ())
     now = time.monotonic()
     acts = [asyncio.create_task(stream.act(policy_pb2.ActRequest(), now + until_s)) for until_s in (60, 60, 60, -1, 60)]
     await asyncio.sleep(0)

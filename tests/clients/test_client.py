@@ -1,6 +1,7 @@
 """A call is answered, or fails with its type, before its deadline, whatever became of the server."""
 
 import asyncio
+import itertools
 import math
 import os
 import signal
@@ -19,6 +20,7 @@ from lom_api.v1 import policy_pb2
 from lom_client import (
     AsyncPolicyClient,
     ClientClosed,
+    ClientConfig,
     ContractMismatch,
     DeadlineExceeded,
     InvalidRequest,
@@ -309,3 +311,15 @@ def test_threads_share_a_client_and_get_their_own_answers(server: FakePolicyServ
         assert all(pool.map(act_often, range(8)))
     assert len({request.sequence for request in server.requests}) == 8 * 50
     assert server.act is honest_act
+
+
+def test_the_headers_of_a_trace_travel_along(server: FakePolicyServer, connect: Connect) -> None:
+    calls = itertools.count()
+    config = ClientConfig(trace_headers=lambda: {"traceparent": f"00-{next(calls):032x}-0000000000000001-01"})
+    with connect(server.target, config=config) as client:
+        for _ in range(3):
+            client.act([0, 0, 0], deadline_s=10)
+    # The call of number 0 asked for the specification.
+    parents = [metadata["traceparent"] for metadata in server.metadata]
+    assert parents[:1] == [f"00-{1:032x}-0000000000000001-01"]
+    assert len(set(parents)) == len(parents)

@@ -143,3 +143,8 @@ def test_nothing_of_the_client_pickles_or_reads_the_wall_clock() -> None:
             assert not forbidden & {name.partition(".")[0] for name in names}, path.name
             is_wall_clock = isinstance(node, ast.Attribute) and node.attr in ("time", "time_ns")
             assert not (is_wall_clock and ast.unparse(node) in ("time.time", "time.time_ns")), path.name
+
+
+def test_a_function_cannot_go_along_into_another_process() -> None:
+    with pytest.raises(ValueError, match=r"^config\.trace_headers: expected none"):
+        PolicyProcess(target="grpc://127.0.0.1:8001", config=ClientConfig(trace_headers=dict))

@@ -11,7 +11,7 @@ import pytest
 from lom_server.control import LINE_LIMIT_BYTES, ControlChannel, ControlError
 
 PATIENCE_S = 30.0
-EVENTS = 500
+EVENTS = 5000
 
 CHILD = f"""
 import asyncio, os, threading
@@ -35,7 +35,7 @@ async def vanish(facts): os._exit(3)
 async def babble(facts): os.write(loop._output, b"neither an answer nor an event\\n"); return {{}}
 async def flood(facts):
     threading.Thread(target=lambda: [loop.tell("event") for _ in range({EVENTS})]).start()
-    return {{"text": "x" * 1_000_000}}
+    return {{"text": "x" * 4_000_000}}
 
 commands = dict(
     echo=echo, wait=wait, release=release, refuse_policy=refuse_policy, refuse_bundle=refuse_bundle,
@@ -146,7 +146,7 @@ async def test_long_lines_and_events_of_another_thread_do_not_mix() -> None:
             *(child.channel.ask("echo", text=text) for text in texts), *(child.channel.ask("flood") for _ in range(3))
         )
         assert [answer["text"] for answer in answers[:3]] == texts
-        assert [len(answer["text"]) for answer in answers[3:]] == [1_000_000] * 3
+        assert [len(answer["text"]) for answer in answers[3:]] == [4_000_000] * 3
         await until(lambda: len(child.events) == 3 * EVENTS)
         assert set(child.events) == {"event"}
 

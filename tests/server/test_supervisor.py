@@ -23,6 +23,7 @@ from lom_server.config import ServerConfig
 from lom_server.errors import PolicyError, StartError
 from lom_server.repository import PROMOTED_FILE
 from lom_server.supervisor import LoadState, PolicyState, Supervisor
+from lom_server.worker_pool import WorkerProcess
 from tests.support.bundles import Flaws, write_test_bundle
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -471,6 +472,32 @@ async def test_a_promotion_loses_nothing_and_after_it_only_the_new_version_answe
         ), (sent_ns, received_ns, digest)
     assert {digest for _, _, digest in robots.replies} == set(digests.values())
     assert stage.supervisor.pool.totals.total()["counters"]["swaps"] == swaps_before + 50
+
+
+async def test_a_promotion_is_acknowledged_when_every_worker_has_made_it(stage: Stage) -> None:
+    stage.write("awaited", {1: Flaws(), 2: Flaws(action_offset=0.25)})
+    await stage.supervisor.load("awaited", 1)
+    await stage.supervisor.load("awaited", 2)
+    slow, other = stage.supervisor.pool.workers
+    os.kill(slow.process.pid, signal.SIGSTOP)
+    try:
+        promoting = asyncio.create_task(stage.supervisor.promote("awaited", 2))
+        await until_default(other, "awaited", 2)
+        assert not promoting.done()
+    finally:
+        os.kill(slow.process.pid, signal.SIGCONT)
+    assert (await promoting).default_version == 2
+    one, two = await stage.held()
+    assert one == two
+
+
+async def until_default(worker: WorkerProcess, policy: str, version: int) -> None:
+    """Returns when `worker` answers by that version whoever names none."""
+    served: list[dict[str, Any]] = []
+    give_up_at = time.monotonic() + PATIENCE_S
+    while (policy, version, True) not in {(at["policy"], at["version"], at["is_default"]) for at in served}:
+        assert time.monotonic() < give_up_at
+        served = (await worker.ask("measure", limit_s=PATIENCE_S))["metrics"]["served"]
 
 
 async def test_failed_loads_and_other_loads_disturb_nobody(stage: Stage) -> None:

@@ -84,7 +84,7 @@ class ActionStream:
     **Threads**: any. Nothing blocks; each stream's replies are read in a thread of its own.
     """
 
-    def __init__(self, method: Method, metadata: Metadata) -> None:
+    def __init__(self, method: Method, metadata: Callable[[], Metadata]) -> None:
         self._method = method
         self._metadata = metadata
         self._sequences = itertools.count(1)
@@ -100,7 +100,7 @@ class ActionStream:
             if self._open is None or not self._open.ask(question):
                 if self._open is not None:
                     self._open.leave()
-                self._open = _OpenStream(self._method, self._metadata, question)
+                self._open = _OpenStream(self._method, self._metadata(), question)
         return question.answer
 
 

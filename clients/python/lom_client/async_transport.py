@@ -67,7 +67,8 @@ class _InProcessTransport:
 class _GrpcTransport:
     def __init__(self, target: Target, config: ClientConfig) -> None:
         options = config.channel_options()
-        self._metadata = call_metadata(config)
+        self._token = call_metadata(config)
+        self._trace_headers = config.trace_headers
         if target.scheme is Scheme.GRPCS:
             self._channel = grpc.aio.secure_channel(target.address, channel_credentials(config), options=options)
         else:
@@ -76,13 +77,18 @@ class _GrpcTransport:
     async def call(self, method: str, message: bytes, timeout_s: float) -> Answer:
         start: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(f"/{SERVICE}/{method}")
         try:
-            reply = await start(message, timeout=timeout_s, metadata=self._metadata)
+            reply = await start(message, timeout=timeout_s, metadata=self._metadata())
         except grpc.aio.AioRpcError as error:
             return error.code(), error.details() or "", b""
         return grpc.StatusCode.OK, "", reply
 
     def stream(self) -> "AsyncActionStream":
         return AsyncActionStream(self._channel.stream_stream(f"/{SERVICE}/ActStream"), self._metadata)
+
+    def _metadata(self) -> Metadata:
+        if self._trace_headers is None:
+            return self._token
+        return (*self._token, *self._trace_headers().items())
 
     async def close(self) -> None:
         await self._channel.close()
@@ -91,7 +97,7 @@ class _GrpcTransport:
 class AsyncActionStream:
     """As `ActionStream`. **Threads**: belongs to one event loop."""
 
-    def __init__(self, method: _Method, metadata: Metadata) -> None:
+    def __init__(self, method: _Method, metadata: Callable[[], Metadata]) -> None:
         self._method = method
         self._metadata = metadata
         self._sequences = itertools.count(1)
@@ -108,7 +114,7 @@ class AsyncActionStream:
         if self._open is None or not self._open.may_ask():
             if self._open is not None:
                 self._open.leave()
-            self._open = _OpenStream(self._method, self._metadata)
+            self._open = _OpenStream(self._method, self._metadata())
         return await self._open.act(request, over_at)
 
 

@@ -1,6 +1,7 @@
 """How the connection to a server behaves."""
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,10 @@ class ClientConfig:
     """Send every `act` over one stream that is kept open, which saves each the cost of a call by itself: about 0.2 ms.
     The stream is one robot's: an action takes the place of an earlier one that has not begun to be worked on, which
     then fails with `Superseded`. Without meaning for a policy in this process, which no connection leads to."""
+    trace_headers: Callable[[], Mapping[str, str]] | None = None
+    """Called for every call, and once for a stream; what it returns travels along, so that the server's spans continue
+    the caller's. With OpenTelemetry: a function that injects into an empty dict and returns it. Must be quick, and must
+    not raise."""
 
     def __post_init__(self) -> None:
         for name in ("keepalive_time_s", "keepalive_timeout_s"):

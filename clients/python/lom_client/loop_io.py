@@ -40,6 +40,12 @@ class PolicyProcess:
     version: int | None = None
     config: ClientConfig = field(default_factory=ClientConfig)
 
+    def __post_init__(self) -> None:
+        if self.config.trace_headers is not None:
+            raise ValueError(
+                "config.trace_headers: expected none, a function of this process is not to be had in another"
+            )
+
     def connect(self) -> PolicyClient:
         """A client in this process. Raises ValueError as `PolicyClient` does."""
         return PolicyClient(self.target, policy=self.policy, version=self.version, config=self.config)

@@ -12,7 +12,7 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from lom_api.v1 import policy_pb2
-from lom_client.action_stream import ActionStream
+from lom_client.action_stream import ActionStream, Metadata
 from lom_client.config import ClientConfig
 from lom_client.credentials import call_metadata, channel_credentials, require_fitting
 from lom_client.errors import client_closed, error_from_status, malformed_reply
@@ -97,7 +97,8 @@ class GrpcTransport:
     def __init__(self, target: Target, config: ClientConfig) -> None:
         """Raises ValueError where a file of `config` is not usable."""
         options = config.channel_options()
-        self._metadata = call_metadata(config)
+        self._token = call_metadata(config)
+        self._trace_headers = config.trace_headers
         if target.scheme is Scheme.GRPCS:
             self._channel = grpc.secure_channel(target.address, channel_credentials(config), options=options)
         else:
@@ -108,7 +109,7 @@ class GrpcTransport:
         answer: Future[Answer] = Future()
         start: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(f"/{SERVICE}/{method}")
         try:
-            call = start.future(message, timeout=timeout_s, metadata=self._metadata)
+            call = start.future(message, timeout=timeout_s, metadata=self._metadata())
         except ValueError:  # so says gRPC of a closed channel
             raise client_closed() from None
 
@@ -125,6 +126,11 @@ class GrpcTransport:
     def stream(self) -> ActionStream:
         """Carries actions over the same channel; ends with it."""
         return ActionStream(self._channel.stream_stream(f"/{SERVICE}/ActStream"), self._metadata)
+
+    def _metadata(self) -> Metadata:
+        if self._trace_headers is None:
+            return self._token
+        return (*self._token, *self._trace_headers().items())
 
     def close(self) -> None:
         """As `Transport.close`."""
