@@ -6,11 +6,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from lom_api.v1 import policy_pb2
-from lom_client import ContractMismatch, DeadlineExceeded, PolicyClient
-from lom_client.episodes import play_episodes
-from tests.clients.toy_environments import STEPS, ToyEnv, ToyGoalEnv
+from lom_client import ContractMismatch, DeadlineExceeded, PolicyClient, Source
+from lom_client.episodes import play_episodes, play_episodes_in_real_time
+from tests.clients.toy_environments import STEPS, ToyEnv, ToyGoalEnv, ToyWalkEnv
 from tests.support.fake_policy_server import Context, FakePolicyServer, honest_act, never_act
 
 
@@ -53,6 +54,80 @@ def test_a_goal_environment_is_seen_as_observation_then_goal(server: FakePolicyS
     play_episodes(ToyGoalEnv(), client, episodes=1, deadline_s=10)
     seen = np.frombuffer(server.requests[0].inputs[0].data, np.float32)
     np.testing.assert_array_equal(seen, np.array([0.1, 0.2, 0.3], dtype=np.float32))
+
+
+def test_a_goal_environment_is_seen_so_in_a_vector_too(server: FakePolicyServer, client: PolicyClient) -> None:
+    envs = SyncVectorEnv([ToyGoalEnv, ToyGoalEnv], autoreset_mode=AutoresetMode.DISABLED)
+    play_episodes(envs, client, episodes=2, deadline_s=10)
+    seen = np.frombuffer(server.requests[0].inputs[0].data, np.float32)
+    np.testing.assert_array_equal(seen, np.array([0.1, 0.2, 0.3] * 2, dtype=np.float32))
+
+
+@pytest.mark.parametrize("num_envs", [1, 3, 9])
+def test_a_vector_plays_the_episodes_that_one_environment_plays(client: PolicyClient, num_envs: int) -> None:
+    told: list[int] = []
+    alone = play_episodes(ToyWalkEnv(), client, episodes=7, seed=5, deadline_s=10)
+    envs = SyncVectorEnv([ToyWalkEnv] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
+    together = play_episodes(
+        envs, client, episodes=7, seed=5, deadline_s=10, on_episode=lambda episode, _: told.append(episode)
+    )
+    assert len(set(alone.lengths)) > 2
+    assert (together.returns, together.lengths, together.successes) == (alone.returns, alone.lengths, alone.successes)
+    assert together.mode_counts == alone.mode_counts
+    assert together.first_episode_modes == alone.first_episode_modes
+    assert sorted(told) == list(range(7))
+
+
+def test_so_does_a_vector_of_processes(client: PolicyClient) -> None:
+    alone = play_episodes(ToyWalkEnv(), client, episodes=4, seed=5, deadline_s=10)
+    envs = AsyncVectorEnv([ToyWalkEnv] * 2, autoreset_mode=AutoresetMode.DISABLED, context="forkserver")
+    try:
+        together = play_episodes(envs, client, episodes=4, seed=5, deadline_s=10)
+    finally:
+        envs.close()
+    assert (together.returns, together.lengths, together.successes) == (alone.returns, alone.lengths, alone.successes)
+
+
+def test_a_step_of_a_vector_asks_once_for_those_that_still_play(server: FakePolicyServer, client: PolicyClient) -> None:
+    envs = SyncVectorEnv([ToyWalkEnv] * 3, autoreset_mode=AutoresetMode.DISABLED)
+    report = play_episodes(envs, client, episodes=5, seed=5, deadline_s=10)
+    rows = [request.inputs[0].shape[0] for request in server.requests]
+    assert rows[0] == 3
+    assert sum(rows) == sum(report.lengths) == report.steps
+    # Number 0 plays the episodes 0 and 3, number 1 plays 1 and 4, number 2 plays 2.
+    longest = max(report.lengths[0] + report.lengths[3], report.lengths[1] + report.lengths[4], report.lengths[2])
+    assert len(rows) == len(report.latencies_s) == longest
+    assert report.sources == {Source.FRESH: report.steps}
+    assert report.fresh_share == 1
+    assert len(report.first_episode_modes) == report.lengths[0]
+
+
+@pytest.mark.parametrize("mode", [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP])
+def test_a_vector_that_resets_by_itself_is_counted_by_episodes_alike(client: PolicyClient, mode: AutoresetMode) -> None:
+    expected: dict[int, tuple[float, int, bool]] = {}
+    for first in range(3):  # each on its own: a seeded reset, then resets that follow from it
+        env = ToyWalkEnv()
+        for episode in range(first, 8, 3):
+            observation, _ = env.reset(seed=5 + first if episode == first else None)
+            total, length, over = 0.0, 0, False
+            while not over:
+                observation, reward, over, _, info = env.step(client.act(observation, deadline_s=10).actions)
+                total, length = total + reward, length + 1
+            expected[episode] = (total, length, info["is_success"])
+    report = play_episodes(
+        SyncVectorEnv([ToyWalkEnv] * 3, autoreset_mode=mode), client, episodes=8, seed=5, deadline_s=10
+    )
+    assert report.successes is not None
+    played = list(zip(report.returns, report.lengths, report.successes, strict=True))
+    assert played == [expected[episode] for episode in range(8)]
+
+
+def test_a_vector_has_to_say_how_it_resets(server: FakePolicyServer, client: PolicyClient) -> None:
+    envs = SyncVectorEnv([ToyEnv] * 2)
+    del envs.metadata["autoreset_mode"]
+    with pytest.raises(ValueError, match="must state metadata"):
+        play_episodes(envs, client, episodes=1, deadline_s=10)
+    assert server.requests == []
 
 
 def goal_env_without_goal() -> ToyEnv:
@@ -116,3 +191,40 @@ def test_a_missed_deadline_ends_the_run(server: FakePolicyServer, client: Policy
 def test_there_is_at_least_one_episode(client: PolicyClient) -> None:
     with pytest.raises(ValueError, match="episodes"):
         play_episodes(ToyEnv(), client, episodes=0)
+
+
+def test_real_time_with_answers_in_time_is_the_same_run(client: PolicyClient) -> None:
+    told: list[int] = []
+    expected = play_episodes(ToyWalkEnv(), client, episodes=2, seed=5, deadline_s=10)
+    report = play_episodes_in_real_time(
+        ToyWalkEnv(), client, episodes=2, rate_hz=5, seed=5, on_episode=lambda episode, _: told.append(episode)
+    )
+    assert report.sources == {Source.FRESH: expected.steps}
+    assert (report.returns, report.lengths, report.successes) == (
+        expected.returns,
+        expected.lengths,
+        expected.successes,
+    )
+    assert (report.mode_counts, report.first_episode_modes) == (expected.mode_counts, expected.first_episode_modes)
+    assert (report.skipped_periods, report.bundle_digest) == (0, expected.bundle_digest)
+    assert report.elapsed_s > (expected.steps - 2) / 5
+    assert told == [0, 1]
+
+
+def test_real_time_goes_on_without_answers(server: FakePolicyServer, client: PolicyClient) -> None:
+    client.get_spec(deadline_s=10)
+    server.act = never_act
+    report = play_episodes_in_real_time(ToyEnv(), client, episodes=2, rate_hz=100)
+    assert report.returns == (0, 0)  # nothing was ever known, so the safe action stays
+    assert report.lengths == (STEPS, STEPS)
+    assert report.fresh_share == 0
+    assert report.sources == {Source.HOLD: 2 * STEPS}
+    assert report.first_episode_modes == (-1,) * STEPS
+    assert (report.mode_counts, report.bundle_digest) == ({}, "d" * 64)
+
+
+def test_real_time_needs_a_rate_and_a_known_kind(client: PolicyClient) -> None:
+    with pytest.raises(ValueError, match="kinds must be position, velocity or torque"):
+        play_episodes_in_real_time(ToyEnv(), client, episodes=1, rate_hz=10, kinds="force")
+    with pytest.raises(ValueError, match="period_s"):
+        play_episodes_in_real_time(ToyEnv(), client, episodes=1, rate_hz=1e-6)

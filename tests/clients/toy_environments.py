@@ -55,5 +55,19 @@ class ToyGoalEnv(ToyEnv):
         return {"achieved_goal": np.full(2, 9.0), "desired_goal": np.array([0.2, 0.3]), "observation": np.array([0.1])}
 
 
+class ToyWalkEnv(ToyEnv):
+    """Its episodes take 1 to 9 steps, and succeed where they take an even number of them."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        first = super().reset(seed=seed, options=options)
+        self.length = int(self.np_random.integers(1, 10))
+        return first
+
+    def step(self, action: NDArray[np.float32]) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        observation, reward, _, _, _ = super().step(action)
+        over = self.step_count == self.length
+        return observation, reward, over, False, {"is_success": self.length % 2 == 0} if over else {}
+
+
 gymnasium.register("Toy-v0", entry_point="tests.clients.toy_environments:ToyEnv")
 gymnasium.register("ToyWide-v0", entry_point="tests.clients.toy_environments:ToyEnv", kwargs={"observation_width": 4})

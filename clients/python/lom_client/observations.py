@@ -12,6 +12,9 @@ from lom_client.spec import PolicySpec, Space
 
 Observations: TypeAlias = ArrayLike | Mapping[str, ArrayLike]
 
+GOAL_KEYS = ("observation", "desired_goal")
+"""A goal environment's policy sees what is and what is wanted, in this order."""
+
 # Every integer up to here has an exact float32; beyond it neighbours merge.
 _MAX_EXACT_INTEGER = 2**24
 
@@ -55,6 +58,17 @@ def observation_rows(
             )
         rows[space.name] = _float32_rows(given.reshape(-1, *space.shape), space, spec.max_batch_rows)
     return rows, leading or ()
+
+
+def goal_as_vector(observations: Observations) -> NDArray[Any]:
+    """A goal environment's observations, one or rows of them, as the vectors that its policy sees.
+
+    **Shapes**: `observation` `[..., O]` and `desired_goal` `[..., G]` become `[..., O + G]`. What is no mapping stays
+    as it is.
+    """
+    if isinstance(observations, Mapping):
+        return np.concatenate([np.asarray(observations[key]) for key in GOAL_KEYS], axis=-1)
+    return np.asarray(observations)
 
 
 def _numbers(values: ArrayLike, space: Space) -> NDArray[Any]:
