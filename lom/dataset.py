@@ -1,12 +1,6 @@
-"""Reads transitions and pairs every one with the action that was really taken next.
+"""Transitions of one or several files, checked, each paired with the action that was really taken next."""
 
-Formats: `.npz` and HDF5 (`.hdf5`, `.h5`) with the keys of D4RL: observations, actions, rewards, terminals, and where
-they exist next_observations, timeouts, next_actions. No pickle is ever read.
-"""
-
-import difflib
 import hashlib
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_REQUIRED = ("observations", "actions", "rewards", "terminals")
-_OPTIONAL = ("next_observations", "timeouts", "next_actions")
+from lom.dataset_files import Bounds, Recording, read_recording
+from lom.dataset_files import DatasetError as DatasetError
+from lom.observation_parts import Parts
 
-
-class DatasetError(ValueError):
-    """A dataset that cannot be trained on; the message names file, field, expected and got."""
+_FLAGS = ("terminals", "timeouts")
+_NOT_PER_ROW = ("source_names", "observation_parts", "action_low", "action_high", "fingerprint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +30,11 @@ class Transitions:
         terminals: bool[N], s' is absorbing: its value is 0.
         has_next_action: bool[N]; a row that is neither terminal nor has one must stay out of the SARSA loss.
         episodes: int32[N], index of the row's episode, increasing.
-        fingerprint: sha256 over all of these arrays, hexadecimal.
+        sources: int32[N], which file the row came from, an index into `source_names`.
+        source_names: the files as they were named, in the order given.
+        observation_parts: how dict observations became vectors; empty where they were vectors.
+        action_low, action_high: float32[A], the action bounds, environment units.
+        fingerprint: sha256 over what is learned from, the arrays down to `episodes`, hexadecimal.
     """
 
     observations: NDArray[np.float32]
@@ -47,6 +45,11 @@ class Transitions:
     terminals: NDArray[np.bool_]
     has_next_action: NDArray[np.bool_]
     episodes: NDArray[np.int32]
+    sources: NDArray[np.int32]
+    source_names: tuple[str, ...]
+    observation_parts: Parts
+    action_low: NDArray[np.float32]
+    action_high: NDArray[np.float32]
     fingerprint: str
 
     def __len__(self) -> int:
@@ -72,16 +75,18 @@ class Transitions:
         return self._rows(~mask), self._rows(mask)
 
     def _rows(self, mask: NDArray[np.bool_]) -> "Transitions":
-        arrays = {name: array[mask] for name, array in vars(self).items() if name != "fingerprint"}
+        arrays = {name: array[mask] for name, array in vars(self).items() if name not in _NOT_PER_ROW}
         arrays["episodes"] = np.unique(arrays["episodes"], return_inverse=True)[1].astype(np.int32)
-        return Transitions(**arrays, fingerprint=self.fingerprint)
+        return Transitions(**arrays, **{name: getattr(self, name) for name in _NOT_PER_ROW})
 
 
 def load_transitions(
     paths: Sequence[Path],
     *,
-    action_bounds: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None,
+    names: Sequence[str] = (),
+    action_bounds: Bounds | None = None,
     observation_dim: int | None = None,
+    observation_keys: Sequence[str] = (),
     strict: bool = False,
     warn: Callable[[str], None] = lambda message: None,
 ) -> Transitions:
@@ -90,115 +95,145 @@ def load_transitions(
     Actions outside the bounds are clipped and counted in a warning; `strict` refuses them instead.
 
     Args:
-        action_bounds: (low, high) float32[A] each, environment units; None means [-1, 1] in every dimension.
+        names: what the files are called in `Transitions.source_names`; their own names where empty.
+        action_bounds: (low, high) float32[A] each, environment units; None takes those that the files state, or
+            [-1, 1] in every dimension where none does.
         observation_dim: O where an environment tells it.
+        observation_keys: parts of dict observations, in order; empty takes the order of `lom.observation_parts`.
         strict: refuse instead of clipping.
-        warn: is told what was clipped.
+        warn: is told what was clipped or had to be assumed.
 
     Raises:
-        DatasetError: a missing file or key, a wrong shape, a non-finite value, an empty file, files that do not fit
-            each other or the environment.
+        DatasetError: a missing file or key, a wrong shape, a value that is not finite, an empty file, unknown rewards,
+            files that do not fit each other or the environment.
     """
     if not paths:
         raise DatasetError("expected at least one dataset file, got none")
-    parts = []
+    action_dim = None if action_bounds is None else action_bounds[0].size
+    fits = "the environment"
+    parts: list[dict[str, NDArray[Any]]] = []
+    recordings: list[Recording] = []
     for path in paths:
-        arrays = _read_file(path)
-        if action_bounds is None:
-            action_dim = arrays["actions"].shape[-1] if arrays["actions"].ndim == 2 else 1
-            action_bounds = (-np.ones(action_dim, np.float32), np.ones(action_dim, np.float32))
-        action_low, action_high = action_bounds
-        part = _pair(path, _checked(path, arrays, action_low.size, observation_dim))
-        outside = (part["actions"] < action_low) | (part["actions"] > action_high)
-        if outside.any():
-            count = f"{int(outside.sum())} of {outside.size} action entries ({outside.mean():.1%})"
-            if strict:
-                raise DatasetError(
-                    f"{path}: actions: {count} lie outside the action space; refused because of --strict"
-                )
-            warn(f"{path}: actions: {count} lie outside the action space and were clipped")
-        for key in ("actions", "next_actions"):
-            part[key] = np.clip(part[key], action_low, action_high)
+        recording = read_recording(path, observation_keys)
+        arrays = _checked(path, recording.arrays, action_dim, observation_dim, fits)
+        recording.arrays.clear()  # a million rows should not be held twice
+        if not {"timeouts", "next_observations"} & arrays.keys():
+            warn(f"{path}: no timeouts and no next_observations: episodes are taken to end at terminals only")
+        part = _pair(path, arrays)
+        if observation_dim is None or action_dim is None:
+            observation_dim, action_dim, fits = part["observations"].shape[1], part["actions"].shape[1], str(path)
         parts.append(part)
-        observation_dim = part["observations"].shape[1]
-    first_episode = np.cumsum([0] + [int(part["episodes"][-1]) + 1 for part in parts[:-1]])
-    for part, offset in zip(parts, first_episode, strict=True):
+        recordings.append(recording)
+    if action_bounds is None:
+        action_bounds = _common_bounds(paths, recordings)
+    if action_bounds is None:
+        warn("neither an environment nor the files state action bounds: actions are taken to lie in [-1, 1]")
+        action_bounds = -np.ones(action_dim or 0, np.float32), np.ones(action_dim or 0, np.float32)
+    for path, part in zip(paths, parts, strict=True):
+        _move_inside(path, part, action_bounds, strict, warn)
+    episodes_before = np.cumsum([0] + [int(part["episodes"][-1]) + 1 for part in parts[:-1]])
+    for source, (part, offset) in enumerate(zip(parts, episodes_before, strict=True)):
         part["episodes"] = (part["episodes"] + offset).astype(np.int32)
-    joined = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        part["sources"] = np.full(len(part["rewards"]), source, np.int32)
+    joined = parts[0] if len(parts) == 1 else {key: np.concatenate([p.pop(key) for p in parts]) for key in [*parts[0]]}
+    return Transitions(
+        **joined,
+        source_names=tuple(names) or tuple(path.name for path in paths),
+        observation_parts=_common_parts(paths, recordings),
+        action_low=action_bounds[0],
+        action_high=action_bounds[1],
+        fingerprint=_fingerprint(joined),
+    )
+
+
+def _common_parts(paths: Sequence[Path], recordings: Sequence[Recording]) -> Parts:
+    """Files with dict observations must agree; files with vectors are taken to hold the same order."""
+    stated = [(path, r.observation_parts) for path, r in zip(paths, recordings, strict=True) if r.observation_parts]
+    for path, parts in stated:
+        if parts != stated[0][1]:
+            raise DatasetError(
+                f"{path}: observations: expected the parts {stated[0][1]} as in {stated[0][0]}, got {parts}"
+            )
+    return stated[0][1] if stated else ()
+
+
+def _common_bounds(paths: Sequence[Path], recordings: Sequence[Recording]) -> Bounds | None:
+    stated = [(path, r.action_bounds) for path, r in zip(paths, recordings, strict=True) if r.action_bounds is not None]
+    for path, bounds in stated:
+        if not np.array_equal(bounds, stated[0][1]):
+            raise DatasetError(
+                f"{path}: action_space: expected the bounds of {stated[0][0]}, got {bounds[0].tolist()} to "
+                f"{bounds[1].tolist()}; --env states which ones hold"
+            )
+    return stated[0][1] if stated else None
+
+
+def _move_inside(
+    path: Path, part: dict[str, NDArray[Any]], bounds: Bounds, strict: bool, warn: Callable[[str], None]
+) -> None:
+    low, high = bounds
+    outside = (part["actions"] < low) | (part["actions"] > high)
+    if outside.any():
+        count = f"{int(outside.sum())} of {outside.size} action entries ({outside.mean():.1%})"
+        if strict:
+            raise DatasetError(f"{path}: actions: {count} lie outside the action space; refused because of --strict")
+        warn(f"{path}: actions: {count} lie outside the action space and were clipped")
+    for key in ("actions", "next_actions"):
+        part[key] = np.clip(part[key], low, high)
+
+
+def _fingerprint(arrays: dict[str, NDArray[Any]]) -> str:
     digest = hashlib.sha256()
-    for key in sorted(joined):
-        digest.update(key.encode() + np.ascontiguousarray(joined[key]).tobytes())
-    return Transitions(**joined, fingerprint=digest.hexdigest())
-
-
-def _read_file(path: Path) -> dict[str, NDArray[Any]]:
-    if not path.is_file():
-        raise DatasetError(f"{path}: expected a file, found none")
-    keys = (*_REQUIRED, *_OPTIONAL)
-    if path.suffix == ".npz":
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                _require_keys(path, list(archive.files))
-                return {key: archive[key] for key in keys if key in archive.files}
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
-            raise DatasetError(f"{path}: expected an .npz archive, it cannot be read as one") from error
-        except ValueError as error:
-            if isinstance(error, DatasetError):
-                raise
-            raise DatasetError(f"{path}: expected plain arrays, got pickled objects, which are never loaded") from error
-    if path.suffix in (".hdf5", ".h5"):
-        import h5py  # only where it is asked for: it loads slowly
-
-        try:
-            with h5py.File(path, "r") as file:
-                _require_keys(path, list(file.keys()))
-                return {key: np.asarray(file[key]) for key in keys if key in file}
-        except OSError as error:
-            raise DatasetError(f"{path}: expected an HDF5 file, it cannot be read as one") from error
-    raise DatasetError(f"{path}: expected a file named .npz, .hdf5 or .h5")
-
-
-def _require_keys(path: Path, present: list[str]) -> None:
-    for key in _REQUIRED:
-        if key not in present:
-            close = difflib.get_close_matches(key, present, n=1)
-            hint = f"; is {close[0]!r} meant to be it?" if close else ""
-            raise DatasetError(f"{path}: expected a key {key!r}, got {sorted(present)}{hint}")
+    for key in sorted(arrays.keys() - {"sources"}):
+        digest.update(key.encode())
+        digest.update(np.ascontiguousarray(arrays[key]).data)
+    return digest.hexdigest()
 
 
 def _checked(
-    path: Path, arrays: dict[str, NDArray[Any]], action_dim: int, observation_dim: int | None
+    path: Path,
+    arrays: dict[str, NDArray[Any]],
+    action_dim: int | None,
+    observation_dim: int | None,
+    fits: str,
 ) -> dict[str, NDArray[Any]]:
+    """Arrays as float32 and bool, of shapes that fit each other and `fits`, which states the dimensions."""
     rows = len(arrays["observations"]) if arrays["observations"].ndim else 0
     if rows == 0:
         raise DatasetError(f"{path}: expected at least one transition, got none")
-    width = observation_dim or (arrays["observations"].shape[-1] if arrays["observations"].ndim == 2 else -1)
-    expected_shapes = {
-        "observations": (rows, width),
-        "next_observations": (rows, width),
-        "actions": (rows, action_dim),
-        "next_actions": (rows, action_dim),
-        "rewards": (rows,),
-        "terminals": (rows,),
-        "timeouts": (rows,),
-    }
-    checked = {}
+    checked: dict[str, NDArray[Any]] = {}
     for key, array in arrays.items():
-        if array.ndim == 2 and array.shape == (rows, 1) and expected_shapes[key] == (rows,):
+        shape: tuple[int, ...] = (rows,)
+        if key.endswith(("observations", "actions")):
+            known = observation_dim if key.endswith("observations") else action_dim
+            shape = (rows, known or arrays[key.removeprefix("next_")].shape[-1])
+            if array.ndim != 2 or array.shape[1] == 0:
+                raise DatasetError(f"{path}: {key}: expected shape [{rows}, dimensions], got {list(array.shape)}")
+        elif array.shape == (rows, 1):
             array = array[:, 0]  # some files keep scalars as columns
-        if array.shape != expected_shapes[key]:
-            expected = "[rows, observation dim]" if width < 0 else list(expected_shapes[key])
-            raise DatasetError(f"{path}: {key}: expected shape {expected}, got {list(array.shape)}")
-        if not (np.issubdtype(array.dtype, np.number) or array.dtype == np.bool_):
+        if array.shape != shape:
+            source = f" as of {fits}" if array.shape[0] == rows and len(shape) == 2 else ""
+            raise DatasetError(f"{path}: {key}: expected shape {list(shape)}{source}, got {list(array.shape)}")
+        if array.dtype.kind not in "fiub":
             raise DatasetError(f"{path}: {key}: expected numbers, got dtype {array.dtype}")
-        flag = key in ("terminals", "timeouts")
         with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is named below
-            converted = array.astype(np.bool_ if flag else np.float32)
-        if not flag and not np.isfinite(converted).all():
-            row = int(np.argwhere(~np.isfinite(converted))[0, 0])
-            raise DatasetError(f"{path}: {key}: expected finite float32 values, row {row} is not")
-        checked[key] = converted
+            converted = array.astype(np.float32, copy=False)
+        finite = np.isfinite(converted)
+        if not finite.all():
+            bad_rows = np.flatnonzero(~finite.reshape(rows, -1).all(axis=1))
+            raise DatasetError(
+                f"{path}: {key}: expected finite float32 values, got NaN or infinite ones in {len(bad_rows)} of "
+                f"{rows} rows, the first is row {bad_rows[0]}"
+            )
+        checked[key] = _flags(path, key, converted) if key in _FLAGS else converted
     return checked
+
+
+def _flags(path: Path, key: str, values: NDArray[np.float32]) -> NDArray[np.bool_]:
+    flags = values.astype(np.bool_)
+    if (flags != values).any():
+        raise DatasetError(f"{path}: {key}: expected 0 or 1, got {values[flags != values][0]:g}")
+    return flags
 
 
 def _pair(path: Path, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -217,7 +252,7 @@ def _pair(path: Path, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]
         next_observations = arrays["next_observations"]
         if "timeouts" not in arrays:  # such a file still shows its seams: s' of a row is not s of the next one
             follows[:-1] &= (next_observations[:-1] == observations[1:]).all(axis=1)
-        keep = np.ones(rows, np.bool_)
+        keep: slice | NDArray[np.bool_] = slice(None)
     else:
         next_observations = np.roll(observations, -1, axis=0)
         next_observations[~follows] = observations[~follows]
@@ -228,7 +263,7 @@ def _pair(path: Path, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]
         next_actions, has_next_action = np.roll(actions, -1, axis=0), follows.copy()
     next_actions[~has_next_action] = 0.0
     episodes = np.concatenate([[0], np.cumsum(~follows)[:-1]]).astype(np.int32)
-    if not keep.any():
+    if len(episodes[keep]) == 0:
         raise DatasetError(f"{path}: expected at least one transition with a next observation, got none")
     kept_episodes = np.unique(episodes[keep], return_inverse=True)[1].astype(np.int32)
     return {

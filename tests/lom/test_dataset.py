@@ -90,7 +90,8 @@ def test_actions_outside_the_space_are_clipped_and_counted_or_refused(tmp_path: 
     arrays["actions"] = np.array([[0.0], [3.0], [0.0], [-2.0], [0.0]], np.float32)
     path = write(tmp_path / "wild.npz", arrays)
     warnings: list[str] = []
-    got = load_transitions([path], warn=warnings.append)
+    bounds = (-np.ones(1, np.float32), np.ones(1, np.float32))
+    got = load_transitions([path], action_bounds=bounds, warn=warnings.append)
     assert got.actions[:, 0].tolist() == [0.0, 1.0, 0.0, -1.0, 0.0]
     assert got.next_actions[0, 0] == 1.0
     assert len(warnings) == 1
@@ -118,12 +119,18 @@ NAN = np.array([0, 0, np.nan, 0, 0], np.float32)
     [
         (broken(rewards=None), r"expected a key 'rewards', got \[.*\]$"),
         (broken(rewards=None, reward=NAN), r"expected a key 'rewards', .*is 'reward' meant"),
-        (broken(rewards=NAN), r"rewards: expected finite float32 values, row 2 is not"),
+        (broken(rewards=NAN), r"rewards: expected finite .* infinite ones in 1 of 5 rows, the first is row 2$"),
         (broken(rewards=np.array([1e39] * 5)), r"rewards: expected finite float32"),
         (broken(observations=np.full((5, 2), np.inf, np.float32)), r"observations: expected finite"),
         (broken(rewards=np.zeros(4, np.float32)), r"rewards: expected shape \[5\], got \[4\]"),
-        (broken(actions=np.zeros((5, 3), np.float32)), r"actions: expected shape \[5, 1\], got \[5, 3\]"),
-        (broken(observations=np.zeros((5, 7), np.float32)), r"observations: expected shape \[5, 2\], got \[5, 7\]"),
+        (
+            broken(actions=np.zeros((5, 3), np.float32)),
+            r"actions: expected shape \[5, 1\] as of the environment, got \[5, 3\]",
+        ),
+        (
+            broken(observations=np.zeros((5, 7), np.float32)),
+            r"observations: expected shape \[5, 2\] as of the environment, got \[5, 7\]",
+        ),
         (broken(observations=np.zeros((5, 2, 2), np.float32)), r"observations: expected shape"),
         (broken(observations=np.zeros((0, 2), np.float32)), r"expected at least one transition, got none"),
         (broken(rewards=np.array(["a"] * 5)), r"rewards: expected numbers"),
