@@ -66,7 +66,6 @@ class OnnxEngine:
         self._manifest = bundle.manifest
         self._golden = bundle.golden
         self._running: _Run | None = None
-        self._is_aborted = False
         options = _session_options(intra_op_threads, allow_spinning)
         self.provider = _effective_provider(bundle, provider, options, allow_fallback)
         self._specs: dict[str, GraphSpec] = {}
@@ -103,11 +102,7 @@ class OnnxEngine:
         run.options.log_severity_level = _SILENT
         self._running = run
         try:
-            if self._is_aborted:
-                raise PolicyError(Reason.DRAINING, "the server is stopping")
             arrays = self._sessions[graph].run(outputs, rows, run.options)
-        except PolicyError:
-            raise
         except Exception as error:  # ORT raises what it likes, UnicodeDecodeError included
             incident = log_incident("inference failed", error)
             raise PolicyError(Reason.INFERENCE_FAILED, f"the policy could not be run, id {incident}") from None
@@ -129,11 +124,6 @@ class OnnxEngine:
         run = self._running
         if run is not None:
             run.options.terminate = True
-
-    def abort(self) -> None:
-        """Ends the run under way and refuses every later one. Threads: any."""
-        self._is_aborted = True
-        self.stop_run()
 
     def self_check(self) -> None:
         """Replays the golden rows through every variant, all at once and one by one.

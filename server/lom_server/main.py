@@ -56,26 +56,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 async def _serve_until_signalled(config: ServerConfig) -> bool:
     is_stopping = asyncio.Event()
+    starting = asyncio.current_task()
 
     def on_signal(number: int) -> None:
         if is_stopping.is_set():
             os._exit(128 + number)
         is_stopping.set()
+        if starting is not None:
+            starting.cancel()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
     # Whoever rotates tokens during the start must not end the server: it reads them after this line anyway.
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
-    async with serve(config) as server:
-        loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(server.reload_tokens()))
-        print(_serving_line(server), flush=True)
-        notify("READY=1")
-        watchdog = asyncio.create_task(_feed_watchdog())
-        await is_stopping.wait()
-        notify("STOPPING=1")
-        watchdog.cancel()
-        return await server.stop()
+    try:
+        async with serve(config) as server:
+            starting = None
+            loop.add_signal_handler(signal.SIGHUP, lambda: loop.create_task(server.reload_tokens()))
+            print(_serving_line(server), flush=True)
+            notify("READY=1")
+            watchdog = asyncio.create_task(_feed_watchdog())
+            await is_stopping.wait()
+            notify("STOPPING=1")
+            watchdog.cancel()
+            return await server.stop()
+    except asyncio.CancelledError:
+        return True  # told to stop before it served: nothing had been accepted
 
 
 async def _feed_watchdog() -> None:

@@ -2,14 +2,19 @@
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from lom_api.reasons import Reason
 from lom_server.config import ServerConfig
 from lom_server.control import ControlError
+
+_LOWEST_PRIORITY = 19
+"""Robots are being answered meanwhile. Set from here, as importing the runtime is a good part of the work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +42,12 @@ async def prove(bundle: Path, config: ServerConfig) -> Proof:
             *(sys.executable, "-m", "lom_server.verifier", str(bundle), config.to_json()),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
-            start_new_session=True,  # a terminal interrupts whole groups
+            process_group=0,  # a terminal interrupts whole groups; a session would void the priority
         )
     except OSError:
         raise ControlError(Reason.VERIFIER_LOST, "no process to check the bundle in could be started") from None
+    with suppress(ProcessLookupError):  # it is over already
+        os.setpriority(os.PRIO_PROCESS, child.pid, _LOWEST_PRIORITY)
     try:
         output, _ = await asyncio.wait_for(child.communicate(), config.load_limit_s)
     except TimeoutError:

@@ -274,7 +274,7 @@ class PolicyService:
                 raise PolicyError(
                     Reason.MISSING_MODEL, f"policy: expected the name of one of {len(self._policies)}, got none"
                 )
-            name = next(iter(self._policies), "")
+            name = next(iter(self._policies or self._missing), "")
         policy = self._policies.get(name)
         if policy is None:
             raise self._not_served(name)
@@ -295,7 +295,7 @@ class PolicyService:
         reason = self._missing.get(name)
         if reason is Reason.MODEL_FAILED:
             return PolicyError(reason, f"policy {quoted(name)} could not be loaded")
-        if reason is Reason.MODEL_LOADING or not self._policies:
+        if reason is Reason.MODEL_LOADING:
             return PolicyError(Reason.MODEL_LOADING, "the policy is still being checked", retry_after_ms=1000)
         return PolicyError(Reason.MODEL_NOT_FOUND, f"policy {quoted(name)} is not served here")
 

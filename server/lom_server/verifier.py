@@ -40,7 +40,6 @@ def main() -> None:
 
 
 def _proof(path: Path, config: ServerConfig) -> Proof:
-    os.nice(19)  # robots are being answered meanwhile
     signal.setitimer(signal.ITIMER_REAL, config.load_limit_s)  # ends the process, should nobody be left to do it
     # CUDA reserves address space by the hundred gigabytes: under a limit on it, the processor would be proved instead.
     may_use_cuda = config.provider != "cpu" and "CUDAExecutionProvider" in available_providers()

@@ -176,7 +176,7 @@ class WorkerPool:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 limit=LINE_LIMIT_BYTES,
-                start_new_session=True,  # a terminal interrupts whole groups
+                process_group=0,  # a terminal interrupts whole groups
             )
         except OSError:
             raise ControlError(Reason.WORKER_LOST, "no process to serve in could be started") from None

@@ -7,7 +7,8 @@ Prints a Markdown table for each part; without arguments all of them.
 * swaps: 50 robots at 50 Hz, each on a stream of its own; rounds without swaps alternate with rounds in which a version
   is proved, loaded and promoted every second.
 * failed-loads: 100 loads of a bundle that fails its proof, under traffic; memory before and after.
-* overload: a graph that burns about 10 ms of a core, offered 0.8, 2, 10 and 0.8 times its capacity.
+* overload: a graph that burns about 10 ms of a core, offered 0.8, 2, 10 and 0.8 times its capacity, by calls and on
+  streams.
 * transports: one caller and sixteen, unary, on streams, and by the Open Inference Protocol.
 """
 
@@ -230,6 +231,41 @@ def unary_submit(channels: Sequence[Any]) -> Submit:
     return submit
 
 
+@asynccontextmanager
+async def stream_submit(channels: Sequence[Any]) -> AsyncIterator[Submit]:
+    """The same on a stream of each channel."""
+    waiting: dict[int, asyncio.Future[Outcome]] = {}
+    sequences = itertools.count(1)
+    streams = [(channel.stream_stream(ACT_STREAM)(), asyncio.Lock()) for channel in channels]
+
+    async def submit(number: int, deadline_ns: int) -> Outcome:
+        stream, one_writer = streams[number % len(streams)]
+        async with one_writer:
+            left_s = (deadline_ns - time.monotonic_ns()) * 1e-9
+            if left_s <= 0:
+                return Outcome.EXPIRED
+            sequence = next(sequences)
+            outcome = waiting[sequence] = asyncio.get_running_loop().create_future()
+            await stream.write(request_message(sequence, budget_s=min(left_s, 10.0)))
+        return await outcome
+
+    async def read(stream: Any) -> None:
+        async for message in stream:
+            answer = policy_pb2.ActStreamReply.FromString(message)
+            refusal = answer.refusal.code if answer.HasField("refusal") else 0
+            is_overload = refusal == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+            waiting.pop(answer.sequence).set_result(
+                Outcome.REFUSED if is_overload else Outcome.EXPIRED if refusal else Outcome.ANSWERED
+            )
+
+    async with asyncio.TaskGroup() as readers:
+        for stream, _ in streams:
+            readers.create_task(read(stream))
+        yield submit
+        for stream, _ in streams:
+            await stream.done_writing()
+
+
 HEALTH_PROBE = """
 import sys, time
 import grpc
@@ -260,26 +296,30 @@ def overload() -> None:
     """Far more than the graph can do."""
 
     async def measure(address: str) -> None:
+        print("\nA row burns about 10 ms of a core, one row a run; 50 ms to live. Answered, refused, health: p50 / p99")
+        print("in ms, the first two from the moment that each request was due.\n")
+        print("| way | load | offered/s | goodput/s | of capacity | answered | refused | expired | health |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
         async with AsyncExitStack() as stack:
             channels = [await stack.enter_async_context(connection(address)) for _ in range(16)]
-            submit = unary_submit(channels)
-            await capacity(submit, at_once=4, seconds=1.0)
-            most = await capacity(submit, at_once=4, seconds=4.0)
-            print(f"\nAbout 10 ms a row, one row a run: capacity {most:.0f}/s; {DEADLINE_S * 1e3:g} ms to live.")
-            print("Answered, refused, health: p50 / p99 in ms, from the moment each was due.\n")
-            print("| load | offered/s | goodput/s | of capacity | answered | refused | expired | health |")
-            print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-            for step in STEPS:
-                load, health_ms = await asyncio.gather(
-                    offer(submit, per_second=step * most, seconds=OVERLOAD_S, deadline_s=DEADLINE_S),
-                    health_of(address, OVERLOAD_S),
-                )
-                possible = min(1.0, step) * most
-                print(
-                    f"| {step:g}x | {step * most:.0f} | {load.goodput:.0f} | {load.goodput / possible:.0%} "
-                    f"| {quantiles(load.answered_s)} | {quantiles(load.refused_s)} | {len(load.expired_s)} "
-                    f"| {health_ms} |"
-                )
+            await offer_steps("calls", address, unary_submit(channels))
+        async with AsyncExitStack() as stack:
+            channels = [await stack.enter_async_context(connection(address)) for _ in range(16)]
+            await offer_steps("streams", address, await stack.enter_async_context(stream_submit(channels)))
+
+    async def offer_steps(way: str, address: str, submit: Submit) -> None:
+        await capacity(submit, at_once=4, seconds=1.0)
+        most = await capacity(submit, at_once=4, seconds=4.0)
+        for step in STEPS:
+            load, health_ms = await asyncio.gather(
+                offer(submit, per_second=step * most, seconds=OVERLOAD_S, deadline_s=DEADLINE_S),
+                health_of(address, OVERLOAD_S),
+            )
+            print(
+                f"| {way} | {step:g}x | {step * most:.0f} | {load.goodput:.0f} "
+                f"| {load.goodput / (min(1.0, step) * most):.0%} | {quantiles(load.answered_s)} "
+                f"| {quantiles(load.refused_s)} | {len(load.expired_s)} | {health_ms} |"
+            )
 
     with repository_server({1: Flaws(burn_layers=640)}, "--max-batch-rows", "1", "--inference", "thread") as (
         server,

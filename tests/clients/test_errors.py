@@ -36,7 +36,7 @@ STATUSES = [
     (Status.INTERNAL, "NON_FINITE_ACTION: row 0", ServerFault, "NON_FINITE_ACTION", False),
     (Status.UNKNOWN, "Exception calling application: boom", ServerFault, "UNKNOWN", False),
     (Status.UNIMPLEMENTED, "Method not found!", ServerFault, "UNIMPLEMENTED", False),
-    (Status.CANCELLED, "", ServerFault, "CANCELLED", False),
+    (Status.CANCELLED, "", ServerUnavailable, "CANCELLED", True),
     (Status.PERMISSION_DENIED, "ROLE_REQUIRED: operator", NotPermitted, "ROLE_REQUIRED", False),
     (Status.UNAUTHENTICATED, "AUTH_REQUIRED: expected a token", NotPermitted, "AUTH_REQUIRED", False),
     (Status.NOT_FOUND, "VERSION_NOT_FOUND: expected 1", PolicyNotFound, "VERSION_NOT_FOUND", False),

@@ -96,14 +96,6 @@ def test_an_answer_of_another_shape_is_refused(bundle: Bundle) -> None:
     assert "expected float32[16, 3], got float32[16, 2]" in failure.value.detail
 
 
-def test_an_aborted_engine_answers_no_more(bundle: Bundle) -> None:
-    engine = OnnxEngine(bundle, provider="cpu")
-    engine.abort()
-    with pytest.raises(PolicyError) as failure:
-        engine.run("actor", ("action",), {"observation": golden_observations()})
-    assert failure.value.reason is Reason.DRAINING
-
-
 def test_a_run_that_is_stopped_fails_and_the_next_one_runs(tmp_path: Path) -> None:
     engine = OnnxEngine(bundle_with(tmp_path, Flaws(burn_layers=64)), provider="cpu")
     endless = {"observation": np.zeros((4096, 3), dtype=np.float32)}

@@ -21,6 +21,15 @@ from tests.support.servers import PATIENCE_S, ServerProcess, running_server, sta
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
+SLOW_TO_PROVE = Flaws(burn_layers=300)
+# Connects as soon as the port is open, so that nothing of a start is missed.
+IMPATIENT = [
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 20),
+    ("grpc.min_reconnect_backoff_ms", 20),
+    ("grpc.max_reconnect_backoff_ms", 50),
+]
+
 
 def refused_start(bundle: Path, *options: str, listen: str = "127.0.0.1:0") -> tuple[int, str]:
     """Exit status and the one line on stderr of a server that must not start."""
@@ -66,12 +75,12 @@ def test_serves_says_so_in_one_line_and_drains_on_sigterm(toy_bundle: Path) -> N
 
 
 def test_not_serving_until_the_golden_rows_pass(tmp_path: Path) -> None:
-    write_test_bundle(tmp_path / "bundle", flaws=Flaws(burn_layers=100))
+    write_test_bundle(tmp_path / "bundle", flaws=SLOW_TO_PROVE)
     address = f"127.0.0.1:{free_port()}"
     server = start_server_process(tmp_path / "bundle", "--max-batch-rows", "8", listen=address)
     seen = []
     try:
-        with grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+        with grpc.insecure_channel(address, IMPATIENT) as channel:
             health = health_pb2_grpc.HealthStub(channel)
             watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S, wait_for_ready=True)
             while SERVING not in seen:
@@ -86,6 +95,18 @@ def test_not_serving_until_the_golden_rows_pass(tmp_path: Path) -> None:
             assert named.status == SERVING
     finally:
         server.terminate()
+
+
+def test_a_start_can_be_given_up(tmp_path: Path) -> None:
+    write_test_bundle(tmp_path / "bundle", flaws=SLOW_TO_PROVE)
+    address = f"127.0.0.1:{free_port()}"
+    server = start_server_process(tmp_path / "bundle", listen=address)
+    with grpc.insecure_channel(address, IMPATIENT) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        check = health.Check(health_pb2.HealthCheckRequest(), timeout=PATIENCE_S, wait_for_ready=True)
+    assert check.status == NOT_SERVING
+    assert server.terminate() == 0
+    assert (server.stdout, complaints(server)) == ([], [])
 
 
 def test_sigint_drains_too(toy_bundle: Path) -> None:

@@ -193,10 +193,15 @@ async def test_a_non_finite_value_anywhere_is_named_by_its_place(
 
 
 async def test_nothing_is_served_before_the_policy_is_published(empty_service: PolicyService) -> None:
+    empty_service.withdraw(POLICY, Reason.MODEL_LOADING)
     assert (await refusal(empty_service, asking())).reason is Reason.MODEL_LOADING
     with pytest.raises(PolicyError) as error:
         empty_service.find("")
     assert error.value.reason is Reason.MODEL_LOADING
+    empty_service.withdraw(POLICY)
+    with pytest.raises(PolicyError) as error:
+        empty_service.find("")
+    assert error.value.reason is Reason.MODEL_NOT_FOUND
 
 
 async def test_a_draining_service_refuses(service: PolicyService, engine: BurningEngine) -> None:

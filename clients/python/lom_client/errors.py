@@ -97,6 +97,8 @@ _ERRORS: dict[grpc.StatusCode, type[PolicyError]] = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.UNAVAILABLE: ServerUnavailable,
+    # Never by this side, which answers its own cancellations itself.
+    grpc.StatusCode.CANCELLED: ServerUnavailable,
 }
 _ERRORS_BY_REASON: dict[tuple[grpc.StatusCode, str], type[PolicyError]] = {
     (grpc.StatusCode.FAILED_PRECONDITION, "CONTRACT_MISMATCH"): ContractMismatch,

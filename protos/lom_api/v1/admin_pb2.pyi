@@ -195,7 +195,7 @@ class PolicyState(_message.Message):
     previous_version: _builtins.int
     """what a roll-back would promote; 0: nothing"""
     survives_restart: _builtins.bool
-    """the promotion could be written to the repository"""
+    """a restart would choose the same default"""
     @_builtins.property
     def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionState]:
         """by number"""

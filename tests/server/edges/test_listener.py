@@ -191,7 +191,7 @@ async def test_deadlines_are_clamped_and_say_so(timeout_s: float | None, granted
         asked_ns = echo.calls[0].admit(10**6) - time.monotonic_ns()
         assert asked_ns <= 10**6  # a budget shortens the deadline
         # ... and never lengthens it; some of it is kept for the way back.
-        assert echo.calls[0].deadline_ns - 5 * 10**6 <= echo.calls[0].admit(10**15) < echo.calls[0].deadline_ns
+        assert echo.calls[0].deadline_ns - 10**7 <= echo.calls[0].admit(10**15) < echo.calls[0].deadline_ns
 
 
 async def test_a_clamped_deadline_frees_the_slot() -> None:
@@ -371,7 +371,9 @@ async def test_what_the_library_refuses(name: str, caplog: pytest.LogCaptureFixt
 @pytest.mark.parametrize("limit", [1024, 8192])
 async def test_metadata_over_the_cap_is_refused_every_time(limit: int) -> None:
     async with listening(max_metadata_bytes=limit) as (_, address), connected(address) as channel:
-        await channel.unary_unary(SAY)(b"", metadata=(("x", "y" * (limit - 512)),), timeout=PATIENCE_S)
+        await channel.unary_unary(SAY)(
+            b"", metadata=(("x", "y" * (limit // 4)),), timeout=PATIENCE_S
+        )  # gRPC's own headers take about 550
         for _ in range(12):  # with gRPC's own hard limit, about half of these would pass
             call = channel.unary_unary(SAY)(b"", metadata=(("x", "y" * (limit * 3 // 2)),), timeout=PATIENCE_S)
             error = await refusal(call)
@@ -959,7 +961,7 @@ async def test_reflection_describes_the_services_of_every_pool() -> None:
     await listener.drain(0)
 
 
-@pytest.mark.parametrize(("left_ms", "kept_ms"), [(1000, 5), (50, 5), (20, 2), (1, 0.1)])
+@pytest.mark.parametrize(("left_ms", "kept_ms"), [(1000, 10), (50, 10), (20, 4), (1, 0.2)])
 def test_the_way_back_is_part_of_a_requests_time(left_ms: int, kept_ms: float) -> None:
     before_ns = time.monotonic_ns()
     useless_ns = Call(deadline_ns=before_ns + 10**12, client="robot").admit(left_ms * 10**6)
