@@ -9,6 +9,7 @@ COMPILE := $(UV) pip compile --quiet --no-header --no-annotate --python-version 
 BARE_PINS := grep -v '^lom' | sed 's/+cpu$$//'
 STUBS_VENV := build/stubs-venv
 SERVING_VENV := build/serving-venv
+SERVING_TESTS := tests/server tests/clients tests/protos tests/faults
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-serving lint types roads protos requirements bench-learning bench-serving bench-control bench-export clean
@@ -28,16 +29,16 @@ $(STAMP): requirements/dev.txt pyproject.toml
 demo: setup ## demonstrations → LOM → bundle → server → episodes over gRPC; leaves build/demo/report.png
 	$(PYTHON) clients/examples/fork_demo.py
 
-test: setup ## every test
-	$(PYTHON) -m pytest
+test: setup test-serving ## every test of Python
+	$(PYTHON) -m pytest $(addprefix --ignore=,$(SERVING_TESTS))
 
-test-serving: ## server and client tests in an environment without torch
+test-serving: ## those of the server and the client, in an environment without torch
 	test -x $(SERVING_VENV)/bin/python || python3 -m venv $(SERVING_VENV)
 	$(SERVING_VENV)/bin/pip install --quiet --disable-pip-version-check uv
 	UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" $(SERVING_VENV)/bin/uv pip install --quiet --python $(SERVING_VENV)/bin/python -r requirements/serving.txt
 	$(SERVING_VENV)/bin/uv pip install --quiet --python $(SERVING_VENV)/bin/python --no-deps --editable .
 	$(SERVING_VENV)/bin/python -c "import importlib.util as u; assert u.find_spec('torch') is None, 'torch is installed here'"
-	$(SERVING_VENV)/bin/python -m pytest tests/server tests/clients tests/protos tests/faults
+	$(SERVING_VENV)/bin/python -m pytest $(SERVING_TESTS)
 
 lint: setup ## style
 	$(VENV)/bin/ruff check .
