@@ -1,17 +1,18 @@
 """Plays a policy in a gymnasium environment, several episodes at a time, the same for every batch of episodes."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import gymnasium
 import numpy as np
 import torch
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Dict, flatdim
 from numpy.typing import NDArray
 
+from lom.observation_parts import Parts, choose_keys, flatten_observation, leaves
 from lom.policy import LomPolicy
 
 Array = NDArray[np.float32]
@@ -49,18 +50,25 @@ class Evaluation:
 
 
 class EnvSpaces(NamedTuple):
-    """Bounds in environment units: observations float64[O] (±inf where unbounded), actions float32[A]."""
+    """Bounds in environment units: observations float64[O] (±inf where unbounded), actions float32[A].
+
+    `observation_parts` says how dict observations become vectors; empty where they are vectors.
+    """
 
     observation_low: NDArray[np.float64]
     observation_high: NDArray[np.float64]
     action_low: Array
     action_high: Array
+    observation_parts: Parts = ()
 
 
-def make_env(env_id: str) -> Env:
-    """Makes an environment by its gymnasium id.
+def make_env(env_id: str, observation_keys: Sequence[str] = ()) -> Env:
+    """Makes an environment by its gymnasium id; dict observations become vectors.
 
     Finds ids of every installed package with a `gymnasium.envs` entry point, and gymnasium's `module:id` form.
+
+    Args:
+        observation_keys: parts of dict observations, in order; empty takes the order of `lom.observation_parts`.
 
     Raises:
         UnsuitableEnvError: there is no such environment, or it cannot be made here.
@@ -74,17 +82,42 @@ def make_env(env_id: str) -> Env:
             env = gymnasium.make(env_id)
     except (gymnasium.error.Error, ImportError, ValueError) as error:
         raise UnsuitableEnvError(f"environment {env_id!r}: {error}") from error
-    return env
+    if not isinstance(env.observation_space, Dict):
+        return env
+    try:
+        return _VectorObservations(env, observation_keys)
+    except ValueError as error:
+        env.close()
+        raise UnsuitableEnvError(f"environment {env_id!r}: observation space: {error}") from error
 
 
-def env_spaces(env_id: str) -> EnvSpaces:
-    """The bounds of an environment with flat Box observations and bounded Box actions.
+class _VectorObservations(gymnasium.ObservationWrapper[Array, Any, Any]):
+    """Dict observations as vectors; `parts` says in which order."""
+
+    def __init__(self, env: Env, observation_keys: Sequence[str]) -> None:
+        super().__init__(env)
+        spaces = leaves(cast(Dict, env.observation_space))
+        self._keys = choose_keys(list(spaces), observation_keys)
+        for key in self._keys:
+            if not isinstance(spaces[key], Box):
+                raise ValueError(f"{key}: expected a Box, got {spaces[key]}")
+        self.parts: Parts = tuple((key, flatdim(spaces[key])) for key in self._keys)
+        low, high = (np.concatenate([getattr(spaces[key], s).ravel() for key in self._keys]) for s in ("low", "high"))
+        self.observation_space = Box(low.astype(np.float32), high.astype(np.float32))
+
+    def observation(self, observation: Mapping[str, Any]) -> Array:
+        return flatten_observation(observation, self._keys)
+
+
+def env_spaces(env_id: str, observation_keys: Sequence[str] = ()) -> EnvSpaces:
+    """The bounds of an environment with Box observations, or a Dict of them, and bounded Box actions.
 
     Raises:
         UnsuitableEnvError: it names what was expected of the environment and what it has.
     """
-    env = make_env(env_id)
+    env = make_env(env_id, observation_keys)
     observation, action = env.observation_space, env.action_space
+    parts = env.parts if isinstance(env, _VectorObservations) else ()
     env.close()
     for name, space in (("observation", observation), ("action", action)):
         if not isinstance(space, Box) or len(space.shape) != 1:
@@ -94,7 +127,7 @@ def env_spaces(env_id: str) -> EnvSpaces:
     if not np.isfinite([action.low, action.high]).all() or (action.low >= action.high).any():
         raise UnsuitableEnvError(f"environment {env_id!r}: action space: expected finite bounds, got {action}")
     low, high = action.low.astype(np.float32), action.high.astype(np.float32)
-    return EnvSpaces(observation.low.astype(np.float64), observation.high.astype(np.float64), low, high)
+    return EnvSpaces(observation.low.astype(np.float64), observation.high.astype(np.float64), low, high, parts)
 
 
 def evaluate(
@@ -103,15 +136,17 @@ def evaluate(
     *,
     episodes: int,
     seed: int,
+    observation_keys: Sequence[str] = (),
     on_episode: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Plays `episodes` episodes; episode k is reset with seed + k, whatever runs beside it.
 
     Args:
         act: observations float32[B, O] -> actions float32[B, A].
+        observation_keys: as for `make_env`.
     """
     waiting = list(reversed(range(episodes)))
-    envs = [make_env(env_id) for _ in range(min(episodes, _PARALLEL_EPISODES))]
+    envs = [make_env(env_id, observation_keys) for _ in range(min(episodes, _PARALLEL_EPISODES))]
     returns = np.zeros(episodes)
     successes: list[bool] = []
     running: dict[int, tuple[Env, Array]] = {}

@@ -2,6 +2,7 @@
 
 RUN/
   run.json                 environment, spaces, datasets, hyper-parameters; written once
+  dataset_card.json        what the data is like; written once
   checkpoint.safetensors   networks, optimisers, random state, a sample of observations; replaced atomically
   summary.json             losses and evaluation at the end
   tensorboard/             curves
@@ -23,11 +24,14 @@ from torch import Tensor
 
 from lom.config import TrainConfig
 from lom.dataset import Transitions
+from lom.dataset_card import DatasetCard
+from lom.observation_parts import Parts
 from lom.policy import LomPolicy
 
 RUN_FILE = "run.json"
 CHECKPOINT_FILE = "checkpoint.safetensors"
 SUMMARY_FILE = "summary.json"
+CARD_FILE = "dataset_card.json"
 TENSORBOARD_FOLDER = "tensorboard"
 SAMPLE_ROWS = 8192
 
@@ -50,6 +54,8 @@ class RunSpec:
         dataset_rows: number of transitions.
         observation_low, observation_high: bounds per dimension, ±inf where unbounded.
         action_low, action_high: bounds per dimension, environment units.
+        observation_parts: (key, elements) of dict observations, in the order in which they make up the vector; empty
+            where observations were vectors already.
     """
 
     env: str | None
@@ -61,6 +67,12 @@ class RunSpec:
     action_low: tuple[float, ...]
     action_high: tuple[float, ...]
     config: TrainConfig
+    observation_parts: Parts = ()
+
+    @property
+    def observation_keys(self) -> tuple[str, ...]:
+        """Keys of dict observations, in order."""
+        return tuple(key for key, _ in self.observation_parts)
 
     def to_json(self) -> str:
         """Strict JSON: an infinite bound is null."""
@@ -86,6 +98,9 @@ class RunSpec:
             for name in ("action_low", "action_high"):
                 document[name] = tuple(float(value) for value in document[name])
             document["datasets"] = tuple(document["datasets"])
+            document["observation_parts"] = tuple(
+                (str(key), int(size)) for key, size in document.get("observation_parts", ())
+            )
             document["config"] = TrainConfig.from_json(document["config"])
             return cls(**document)
         except (ValueError, TypeError, KeyError) as error:
@@ -136,8 +151,8 @@ class TrainedRun:
     summary: Mapping[str, Any]
 
 
-def create_run(folder: Path, spec: RunSpec) -> None:
-    """Makes the folder and writes run.json.
+def create_run(folder: Path, spec: RunSpec, card: DatasetCard | None = None) -> None:
+    """Makes the folder and writes run.json, and dataset_card.json where there is a card.
 
     Raises:
         RunError: the folder is there already, or cannot be made.
@@ -146,6 +161,8 @@ def create_run(folder: Path, spec: RunSpec) -> None:
         raise RunError(f"--out {folder}: expected a new folder, it is there already; --resume goes on with it")
     try:
         folder.mkdir(parents=True)
+        if card is not None:
+            _write_atomically(folder / CARD_FILE, card.to_json().encode())
         _write_atomically(folder / RUN_FILE, spec.to_json().encode())
     except OSError as error:
         raise RunError(f"--out {folder}: cannot be written: {error.strerror}") from error

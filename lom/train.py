@@ -1,5 +1,6 @@
 """`lom-train`: from dataset files to a trained run."""
 
+import os
 import signal
 import sys
 import time
@@ -9,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import tyro
 from rich.console import Console
@@ -20,7 +20,9 @@ from torch.utils.tensorboard import SummaryWriter
 from lom import run as runs
 from lom.config import PRESETS, TrainConfig
 from lom.dataset import DatasetError, Transitions, load_transitions
-from lom.evaluation import EVALUATION_SEED, EnvSpaces, UnsuitableEnvError, env_spaces, evaluate, policy_act
+from lom.dataset_card import DatasetCard
+from lom.dataset_files import find_dataset
+from lom.evaluation import EVALUATION_SEED, UnsuitableEnvError, env_spaces, evaluate, policy_act
 from lom.learner import Learner, LearningDivergedError, Stage
 from lom.policy import VARIANTS, LomPolicy
 
@@ -32,13 +34,17 @@ class TrainArguments:
     """Train a LOM policy on offline transitions."""
 
     datasets: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Files with D4RL keys (.npz, .hdf5), joined in this order."""
+    """Files with D4RL keys (.npz, .hdf5), folders or ids of Minari datasets that are here; joined in this order."""
     dataset: tyro.conf.UseAppendAction[tuple[Path, ...]] = ()
-    """One more dataset file; repeatable."""
+    """One more dataset; repeatable."""
     out: Path
     """Folder of the run; must be new."""
     env: str | None = None
-    """Gymnasium id: gives the spaces and the evaluation. Without it actions are taken to lie in [-1, 1]."""
+    """Gymnasium id: gives the spaces and the evaluation. Without it the action bounds are those that the files state,
+    or [-1, 1]."""
+    observation_keys: tuple[str, ...] = ()
+    """Parts of dict observations in the order in which they make up the vector. Without it: observation and
+    desired_goal of a goal environment, else all parts in alphabetical order."""
     preset: str = "standard"
     """Hyper-parameters to start from; every flag below overrides it."""
     resume: bool = False
@@ -59,7 +65,10 @@ class TrainArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `lom-train`; exits 0, or non-zero with one line that says what was wrong."""
+    """Entry point of `lom-train`; exits 0, or with one line that says what was wrong.
+
+    2: arguments, data or folder were refused and nothing was begun. 1: training failed. 130: stopped by a signal.
+    """
     arguments_given = list(sys.argv[1:] if argv is None else argv)
     console = Console(stderr=True, highlight=False)
     try:
@@ -73,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(arguments, console)
     except (DatasetError, UnsuitableEnvError, runs.RunError, LearningDivergedError, ValueError) as error:
         console.print(f"lom-train: {error}", style="red", markup=False, soft_wrap=True)
-        raise SystemExit(1) from None
+        raise SystemExit(1 if isinstance(error, LearningDivergedError) else 2) from None
     except KeyboardInterrupt:
         console.print("lom-train: stopped; the same command with --resume goes on from the last step", markup=False)
         raise SystemExit(130) from None
@@ -105,9 +114,10 @@ def train(arguments: TrainArguments, console: Console) -> None:
         raise runs.RunError(f"--out {folder}: expected a new folder, it is there already; --resume goes on with it")
     if config.threads:
         torch.set_num_threads(config.threads)
-    spec, transitions = _read_data(arguments, console)
-    _print_dataset_card(transitions, spec, console)
+    spec, transitions, card = _read_data(arguments, console)
+    console.print(card.tables())
     trained_on, held_out = transitions.hold_out(config.held_out_share, config.seed)
+    del transitions  # a million rows should not be held twice
     samples = runs.DataSamples.draw(trained_on, held_out, config.seed)
     learner = Learner(trained_on, config, torch.tensor(spec.action_low), torch.tensor(spec.action_high))
     if arguments.resume:
@@ -118,75 +128,64 @@ def train(arguments: TrainArguments, console: Console) -> None:
             console.print(f"{folder}: training and evaluation are finished already", markup=False, soft_wrap=True)
             return
     else:
-        runs.create_run(folder, spec)
+        runs.create_run(folder, spec, card)
 
     started = time.monotonic()
     metrics = _learn(learner, samples, arguments, console)
     training_s = time.monotonic() - started
-    evaluation = {} if spec.env is None else _evaluate(learner.policy, spec.env, arguments.eval_episodes, console)
+    evaluation = {} if spec.env is None else _evaluate(learner.policy, spec, arguments.eval_episodes, console)
     runs.write_summary(folder, {"training_s": round(training_s, 1), "metrics": metrics, "evaluation": evaluation})
     console.print(f"trained in {training_s:.0f} s; run written to {folder}", markup=False, soft_wrap=True)
 
 
-def _read_data(arguments: TrainArguments, console: Console) -> tuple[runs.RunSpec, Transitions]:
+def _read_data(arguments: TrainArguments, console: Console) -> tuple[runs.RunSpec, Transitions, DatasetCard]:
+    notes: list[str] = []
+
     def warn(message: str) -> None:
+        notes.append(message)
         console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
 
-    paths = (*arguments.datasets, *arguments.dataset)
-    spaces = None if arguments.env is None else env_spaces(arguments.env)
+    given = (*arguments.datasets, *arguments.dataset)
+    keys = arguments.observation_keys
+    spaces = None if arguments.env is None else env_spaces(arguments.env, keys)
     if spaces is None:
-        warn("no --env: actions are taken to lie in [-1, 1], and nothing will be evaluated")
-    transitions = load_transitions(
-        paths,
-        action_bounds=None if spaces is None else (spaces.action_low, spaces.action_high),
-        observation_dim=None if spaces is None else spaces.observation_low.size,
-        strict=arguments.strict,
-        warn=warn,
-    )
-    if spaces is None:
-        unbounded = np.full(transitions.observations.shape[1], np.inf)
-        unit = np.ones(transitions.actions.shape[1], np.float32)
-        spaces = EnvSpaces(-unbounded, unbounded, -unit, unit)
+        warn("no --env: nothing will be evaluated")
+    minari_root = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
+    paths = [find_dataset(name, minari_root) for name in given]
+    with console.status("reading the data"):
+        transitions = load_transitions(
+            paths,
+            names=[path.name if path == name else str(name) for path, name in zip(paths, given, strict=True)],
+            action_bounds=None if spaces is None else (spaces.action_low, spaces.action_high),
+            observation_dim=None if spaces is None else spaces.observation_low.size,
+            observation_keys=keys,
+            strict=arguments.strict,
+            warn=warn,
+        )
+        card = DatasetCard.of(transitions, notes)
+    parts = transitions.observation_parts
+    if spaces is not None:
+        if parts and parts != spaces.observation_parts:
+            raise DatasetError(
+                f"observations: expected the environment's parts {spaces.observation_parts}, got {parts}"
+            )
+        parts = spaces.observation_parts
+    unbounded = (float("inf"),) * transitions.observations.shape[1]
     spec = runs.RunSpec(
         env=arguments.env,
-        datasets=tuple(path.name for path in paths),
+        datasets=transitions.source_names,
         dataset_fingerprint=transitions.fingerprint,
         dataset_rows=len(transitions),
-        observation_low=tuple(spaces.observation_low.tolist()),
-        observation_high=tuple(spaces.observation_high.tolist()),
-        action_low=tuple(spaces.action_low.tolist()),
-        action_high=tuple(spaces.action_high.tolist()),
+        observation_low=tuple(-bound for bound in unbounded)
+        if spaces is None
+        else tuple(spaces.observation_low.tolist()),
+        observation_high=unbounded if spaces is None else tuple(spaces.observation_high.tolist()),
+        action_low=tuple(transitions.action_low.tolist()),
+        action_high=tuple(transitions.action_high.tolist()),
         config=arguments.config,
+        observation_parts=parts,
     )
-    return spec, transitions
-
-
-def _print_dataset_card(transitions: Transitions, spec: runs.RunSpec, console: Console) -> None:
-    returns = transitions.episode_returns
-    lengths = np.bincount(transitions.episodes)
-    usable = int((transitions.terminals | transitions.has_next_action).sum())
-    constant = int((transitions.observations.std(axis=0) == 0).sum())
-    table = Table(title="dataset", show_header=False, title_justify="left")
-    for name, value in (
-        ("files", ", ".join(spec.datasets)),
-        (
-            "transitions",
-            f"{len(transitions):,} in {len(returns):,} episodes of {lengths.min()} to {lengths.max()} steps",
-        ),
-        (
-            "return per episode",
-            f"{returns.mean():.2f} ± {returns.std():.2f} ({returns.min():.2f} to {returns.max():.2f})",
-        ),
-        ("observations", f"{transitions.observations.shape[1]} dimensions, {constant} of them constant"),
-        (
-            "actions",
-            f"{transitions.actions.shape[1]} dimensions in [{min(spec.action_low):g}, {max(spec.action_high):g}]",
-        ),
-        ("terminal states", f"{int(transitions.terminals.sum()):,}"),
-        ("rows of the SARSA loss", f"{usable:,} (the others have no next action)"),
-    ):
-        table.add_row(name, value)
-    console.print(table)
+    return spec, transitions, card
 
 
 def _learn(
@@ -254,7 +253,8 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _evaluate(policy: LomPolicy, env_id: str, episodes: int, console: Console) -> dict[str, Any]:
+def _evaluate(policy: LomPolicy, spec: runs.RunSpec, episodes: int, console: Console) -> dict[str, Any]:
+    env_id = str(spec.env)
     table = Table(title=f"{episodes} episodes of {env_id}", title_justify="left")
     for heading in ("variant", "return", "success"):
         table.add_column(heading)
@@ -267,6 +267,7 @@ def _evaluate(policy: LomPolicy, env_id: str, episodes: int, console: Console) -
                 env_id,
                 episodes=episodes,
                 seed=EVALUATION_SEED,
+                observation_keys=spec.observation_keys,
                 on_episode=lambda: progress.advance(bar),
             )
             results[variant] = outcome.to_json()

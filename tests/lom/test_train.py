@@ -86,7 +86,7 @@ def test_resuming_with_other_settings_is_refused(
     train.main([str(dataset), "--out", str(out), *QUICK])
     with pytest.raises(SystemExit) as caught:
         train.main([str(dataset), "--out", str(out), *QUICK, "--seed", "1", "--resume"])
-    assert caught.value.code == 1
+    assert caught.value.code == 2
     assert "expected the data, environment and settings that it began with" in capsys.readouterr().err
 
 
@@ -122,7 +122,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(
     out = tmp_path / "run"
     with pytest.raises(SystemExit) as caught:
         train.main([*(str(dataset) if word == "DATA" else word for word in arguments), "--out", str(out)])
-    assert caught.value.code not in (0, None)
+    assert caught.value.code == 2
     printed = capsys.readouterr()
     assert message in (printed.err + printed.out).replace("\n", " ")
     assert "Traceback" not in printed.err
