@@ -8,7 +8,8 @@ import math
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
@@ -241,21 +242,30 @@ class PolicyService:
         try:
             reply = await self._answer(request, deadline_ns)
         except PolicyError as error:
-            self._count_refusal(request, error.reason)
+            self._count_refusal(request.policy, error.reason)
             raise
         except asyncio.CancelledError:
             # gRPC cancels when the caller's deadline passes, too; its clock and ours are not quite one.
             is_over = time.monotonic_ns() >= deadline_ns - _CLOCKS_APART_NS
-            self._count_refusal(request, Reason.DEADLINE_EXCEEDED if is_over else Reason.CANCELLED)
+            self._count_refusal(request.policy, Reason.DEADLINE_EXCEEDED if is_over else Reason.CANCELLED)
             raise
         except Exception:
-            self._count_refusal(request, Reason.INTERNAL_ERROR)
+            self._count_refusal(request.policy, Reason.INTERNAL_ERROR)
             raise
         self.observer.answered(request, reply, time.monotonic_ns() - start_ns)
         return reply
 
-    def _count_refusal(self, request: ActRequest, reason: Reason) -> None:
-        self.observer.refused(request.policy if request.policy in self._policies else "", reason)
+    @contextmanager
+    def counting_refusals(self, policy: str = "") -> Iterator[None]:
+        """For what an edge refuses before it calls `act`: the observer is told of it, too."""
+        try:
+            yield
+        except PolicyError as error:
+            self._count_refusal(policy, error.reason)
+            raise
+
+    def _count_refusal(self, policy: str, reason: Reason) -> None:
+        self.observer.refused(policy if policy in self._policies else "", reason)
 
     def find(self, name: str, version: int = 0) -> ServedPolicy:
         """A version of the policy of that name; of the only policy where the name is empty.

@@ -7,8 +7,7 @@ of `lom_api.v1`; what is checked here is only what this protocol adds: how array
 import asyncio
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -243,7 +242,7 @@ class OpenInferenceEdge:
 
     async def _model_infer(self, message: bytes, call: Call) -> bytes:
         deadline_ns = call.admit()
-        request = parsed(message_type("ModelInferRequest"), message)
+        request = self._parsed(message)
         return _serialised(await self._infer(request, deadline_ns, call.client))
 
     async def _model_stream_infer(self, messages: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes, None]:
@@ -276,16 +275,20 @@ class OpenInferenceEdge:
         request_id = ""
         try:
             deadline_ns = call.admit()
-            request = parsed(message_type("ModelInferRequest"), message)
+            request = self._parsed(message)
             request_id = request.id
             return _serialised(response_type(infer_response=await self._infer(request, deadline_ns, call.client)))
         except Exception as error:
             # The id tells a caller whose requests are several which one it was.
             return _serialised(response_type(error_message=status_of(error).message, infer_response={"id": request_id}))
 
+    def _parsed(self, message: bytes) -> Message:
+        with self._service.counting_refusals():
+            return parsed(message_type("ModelInferRequest"), message)
+
     async def _infer(self, request: Message, deadline_ns: int, client: str) -> Message:
         arrived_ns = time.monotonic_ns()
-        with self._observed(request.model_name):
+        with self._service.counting_refusals(request.model_name):
             policy = self._find(request.model_name, request.model_version)
             options = self._options(request.parameters, _PARAMETERS)
             deadline_ns = _shortened(deadline_ns, arrived_ns, options)
@@ -298,15 +301,6 @@ class OpenInferenceEdge:
             for tensor in (*tensors, *requested):
                 self._options(tensor.parameters, {})
         return _response(request, await self._service.act(act_request, deadline_ns), names)
-
-    @contextmanager
-    def _observed(self, name: str) -> Iterator[None]:
-        """Tells the service's observer of what is refused before the service sees it."""
-        try:
-            yield
-        except PolicyError as error:
-            self._service.observer.refused(name if name in self._service.policies else "", error.reason)
-            raise
 
     def _options(self, parameters: Mapping[str, Message], known: Mapping[str, tuple[str, ...]]) -> Mapping[str, Any]:
         """The values of the `known` parameters, by key; unknown ones of ours are refused, others are not looked at.

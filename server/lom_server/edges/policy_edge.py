@@ -42,9 +42,12 @@ class PolicyEdge:
         )
 
     async def _act(self, message: bytes, call: Call) -> bytes:
-        request = parsed(policy_pb2.ActRequest, message)
+        with self._service.counting_refusals():
+            request = parsed(policy_pb2.ActRequest, message)
         deadline_ns = call.admit(request.budget_ns)
-        reply = await self._service.act(_act_request(request, call.client), deadline_ns)
+        with self._service.counting_refusals(request.policy):
+            act_request = _act_request(request, call.client)
+        reply = await self._service.act(act_request, deadline_ns)
         return _reply_message(reply, request.sequence).SerializeToString()
 
     def _act_stream(self, messages: AsyncIterator[bytes], call: Call) -> AsyncGenerator[bytes, None]:
@@ -102,12 +105,14 @@ class _ActStream:
     def _take_up(self, message: bytes) -> None:
         sequence = 0
         try:
-            request = parsed(policy_pb2.ActRequest, message)
-            sequence = request.sequence
-            self._check_order(sequence)
+            with self._service.counting_refusals():
+                request = parsed(policy_pb2.ActRequest, message)
+                sequence = request.sequence
+                self._check_order(sequence)
             deadline_ns = self._call.admit(request.budget_ns)
             ticket = Ticket()
-            act_request = _act_request(request, self._call.client, ticket)
+            with self._service.counting_refusals(request.policy):
+                act_request = _act_request(request, self._call.client, ticket)
         except Exception as error:
             self._refuse(sequence, error)
             return

@@ -1070,3 +1070,12 @@ async def test_a_draining_stream_is_answered_what_it_has_asked() -> None:
         assert error.value.code() is UNAVAILABLE
         assert str(error.value.details()).startswith("DRAINING: ")
         assert await draining
+
+
+async def test_a_message_that_cannot_be_read_is_counted(stage: Stage) -> None:
+    with pytest.raises(grpc.aio.AioRpcError):
+        await stage.infer(b"\xff")
+    stream = stage.stream()
+    await stream.write(b"\xff")
+    assert await stream.read() is not grpc.aio.EOF
+    assert stage.observations.refusals == [("", Reason.BAD_MESSAGE)] * 2

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from lom_api.codec import pack_array, unpack_tensor
+from lom_api.reasons import Reason
 from lom_api.v1 import policy_pb2, policy_pb2_grpc
 from lom_server.batcher import Lane, MicroBatcher
 from lom_server.config import ServerConfig
@@ -23,7 +24,7 @@ from lom_server.edges import policy_edge
 from lom_server.edges.listener import Call, Listener, ListenerLimits
 from lom_server.edges.policy_edge import MAX_UNANSWERED, MOST_SPECS_KEPT, PolicyEdge
 from lom_server.loading import load_policy
-from lom_server.service import PolicyService, PolicyVersions, ServedPolicy
+from lom_server.service import ActReply, ActRequest, PolicyService, PolicyVersions, ServedPolicy
 from tests.support.bundles import (
     COMPONENT_MEANS,
     NUM_COMPONENTS,
@@ -555,6 +556,7 @@ async def until(condition: Callable[[], bool], what: str) -> None:
 
 async def test_a_policy_that_is_still_being_checked() -> None:
     async with staged(is_published=False) as (stage, channel):
+        stage.service.withdraw(POLICY, Reason.MODEL_LOADING)
         error = await refusal(raw_act(channel)(request(), timeout=PATIENCE_S))
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         assert str(error.details()).startswith("MODEL_LOADING: ")
@@ -1002,3 +1004,39 @@ async def test_specs_are_made_once_and_those_of_the_past_are_forgotten(monkeypat
         assert made.count(2) == 2 * MOST_SPECS_KEPT
         assert made.count(1) <= 3
         assert len(stage.edge._spec_messages) == MOST_SPECS_KEPT
+
+
+class Refusals:
+    """What an observer of the service is told of refusals."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, Reason]] = []
+
+    def answered(self, request: ActRequest, reply: ActReply, total_ns: int) -> None:
+        pass
+
+    def refused(self, policy: str, reason: Reason) -> None:
+        self.seen.append((policy, reason))
+
+
+async def test_what_is_refused_before_the_service_sees_it_is_counted_once() -> None:
+    batcher = MicroBatcher(max_batch_rows=1, max_queue_rows=1)
+    refusals = Refusals()
+    listener = Listener(ListenerLimits.of(ServerConfig(models=Path("models"))))
+    PolicyEdge(PolicyService(batcher=batcher, observer=refusals)).register(listener)
+    address = await listener.listen("127.0.0.1:0")
+    no_such_priority = request(priority=7, sequence=1)
+    async with grpc.aio.insecure_channel(address) as channel:
+        for message in (b"\xff", no_such_priority, request()):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await raw_act(channel)(message, timeout=PATIENCE_S)
+        unary, refusals.seen = refusals.seen, []
+        stream: Any = channel.stream_stream(ACT_STREAM)(timeout=PATIENCE_S)
+        for message in (b"\xff", no_such_priority, request(sequence=1), request(sequence=2)):
+            await stream.write(message)
+            assert await stream.read() is not EOF
+    await listener.drain(0)
+    batcher.close()
+    reasons = [Reason.BAD_MESSAGE, Reason.BAD_OPTION, Reason.MODEL_NOT_FOUND]
+    assert unary == [("", reason) for reason in reasons]
+    assert refusals.seen == [("", reason) for reason in (*reasons[:2], Reason.SEQ_NOT_INCREASING, reasons[2])]
