@@ -7,11 +7,14 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image, ImageSequence
 
+from lom_api.v1 import policy_pb2
 from lom_client.main import main
 from tests.clients import toy_environments  # registers Toy-v0
-from tests.support.fake_policy_server import FakePolicyServer, never_act
+from tests.support.fake_policy_server import Context, FakePolicyServer, Reply, honest_act, never_act
 
 KEYS = {
     "env",
@@ -25,7 +28,13 @@ KEYS = {
     "returns",
     "success_rate",
     "length_mean",
+    "envs",
+    "rate_hz",
+    "steps",
+    "steps_per_s",
     "fresh",
+    "source_share",
+    "skipped_periods",
     "latency_p50_us",
     "latency_p99_us",
     "mode_share",
@@ -52,6 +61,9 @@ def test_the_report_is_printed_and_written(
     assert report["success_rate"] == 1
     assert report["length_mean"] == toy_environments.STEPS
     assert report["fresh"] == 3 * toy_environments.STEPS
+    assert (report["steps"], report["source_share"]) == (report["fresh"], {"fresh": 1})
+    assert (report["envs"], report["rate_hz"], report["skipped_periods"]) == (1, None, 0)
+    assert report["steps_per_s"] > 0
     assert 0 < report["latency_p50_us"] <= report["latency_p99_us"]
     assert sum(report["mode_share"].values()) == pytest.approx(1)
     assert list(tmp_path.iterdir()) == [path]
@@ -69,6 +81,95 @@ def test_the_program_runs_by_itself(server: FakePolicyServer, tmp_path: Path) ->
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads((tmp_path / "r.json").read_text())["variant"] == "actor"
+
+
+def run(server: FakePolicyServer, tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    path = tmp_path / "report.json"
+    assert main(["--target", server.target, *arguments, "--json", str(path)]) == 0
+    report: dict[str, Any] = json.loads(path.read_text())
+    path.unlink()
+    return report
+
+
+def test_environments_side_by_side_play_the_same_episodes(server: FakePolicyServer, tmp_path: Path) -> None:
+    arguments = ("--env", "ToyWalk-v0", "--episodes", "5", "--seed", "3")
+    alone = run(server, tmp_path, *arguments)
+    asked = len(server.requests)
+    together = run(server, tmp_path, *arguments, "--envs", "4")
+    for same in ("returns", "success_rate", "length_mean", "steps", "fresh", "mode_share"):
+        assert together[same] == alone[same]
+    rows = [request.inputs[0].shape[0] for request in server.requests[asked:]]
+    assert rows[0] == 4
+    assert sum(rows) == alone["steps"]
+    run(server, tmp_path, *arguments, "--envs", "64")
+    assert max(request.inputs[0].shape[0] for request in server.requests) == 5  # there are no more episodes
+
+
+def test_in_real_time_late_answers_are_bridged(
+    server: FakePolicyServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def act(request: policy_pb2.ActRequest, context: Context) -> Reply:
+        return (never_act if len(server.requests) > 2 else honest_act)(request, context)
+
+    server.act = act
+    arguments = ("--env", "Toy-v0", "--episodes", "1", "--rate-hz", "5", "--kind", "position")
+    report = run(server, tmp_path, *arguments)
+    assert report["source_share"] == {"fresh": 0.5, "fallback": 0.25, "safe_stop": 0.25}
+    assert (report["steps"], report["fresh"], report["rate_hz"]) == (4, 2, 5)
+    printed = capsys.readouterr().out
+    for words in ("Toy-v0 · toy · greedy_mode · 5 Hz", "fresh actions", "fallback actions", "skipped periods"):
+        assert words in printed
+
+
+@pytest.mark.parametrize("envs", ["1", "2"])
+def test_the_first_episode_is_filmed(server: FakePolicyServer, tmp_path: Path, envs: str) -> None:
+    path = tmp_path / "episode.gif"
+    path.write_text("old")
+    run(server, tmp_path, "--env", "ToyFilm-v0", "--episodes", "3", "--envs", envs, "--video", str(path))
+    with Image.open(path) as film:
+        columns = []
+        for frame in ImageSequence.Iterator(film):
+            columns.append(int(np.argmax(np.asarray(frame.convert("L"))[0])))
+            assert frame.info["duration"] == 40
+            assert frame.size == (32, 24)
+    assert columns == [0, 8, 16]  # 50 steps a second, of which 25 are shown: before, after 2 and after 4
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_episode_that_did_not_end_leaves_no_film(server: FakePolicyServer, tmp_path: Path) -> None:
+    server.act = never_act
+    arguments = ["--target", server.target, "--env", "ToyFilm-v0", "--deadline-s", "0.1"]
+    assert main([*arguments, "--video", str(tmp_path / "episode.gif")]) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("variant", ["greedy_mode", "actor"])
+def test_the_report_is_drawn(server: FakePolicyServer, tmp_path: Path, variant: str) -> None:
+    path = tmp_path / "report.png"
+    run(server, tmp_path, "--env", "ToyWalk-v0", "--episodes", "3", "--variant", variant, "--plot", str(path))
+    with Image.open(path) as picture:
+        assert picture.size == (1800, 1200)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_missing_matplotlib_is_named_before_the_run(
+    server: FakePolicyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "lom_client.episode_plot", raising=False)
+    assert main(["--target", server.target, "--env", "Toy-v0", "--plot", str(tmp_path / "report.png")]) == 2
+    assert capsys.readouterr().err == "lom-act: --plot needs matplotlib: pip install matplotlib\n"
+    assert server.requests == []
+
+
+def test_an_mp4_names_what_it_needs(
+    server: FakePolicyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["--target", server.target, "--env", "ToyFilm-v0", "--video", str(tmp_path / "episode.mp4")]) == 2
+    assert "pip install imageio-ffmpeg" in capsys.readouterr().err
+    assert server.requests == []
 
 
 def test_it_asks_over_a_stream_with_a_token(server: FakePolicyServer, tmp_path: Path) -> None:
@@ -98,6 +199,17 @@ USER_ERRORS = [
     (["--env", "Toy-v0", "--deadline-s", "nan"], 2, "--deadline-s must be above 0"),
     (["--env", "Toy-v0", "--json", "/nowhere/report.json"], 2, "folder /nowhere does not exist"),
     (["--env", "Toy-v0", "--json", "/tmp"], 2, "is a folder"),
+    (["--env", "Toy-v0", "--envs", "0"], 2, "--envs must be 1 or more"),
+    (["--env", "Toy-v0", "--envs", "100000"], 2, "--envs: the server answers at most"),
+    (["--env", "Toy-v0", "--rate-hz", "0"], 2, "--rate-hz must be above 0"),
+    (["--env", "Toy-v0", "--rate-hz", "nan"], 2, "--rate-hz must be above 0"),
+    (["--env", "Toy-v0", "--rate-hz", "50", "--envs", "2"], 2, "plays one environment in real time"),
+    (["--env", "Toy-v0", "--plot", "/nowhere/report.png"], 2, "--plot: folder /nowhere does not exist"),
+    (["--env", "Toy-v0", "--plot", "report.jpg"], 2, "ends in .png, got 'report.jpg'"),
+    (["--env", "Toy-v0", "--video", "/nowhere/episode.gif"], 2, "--video: folder /nowhere does not exist"),
+    (["--env", "Toy-v0", "--video", "episode.avi"], 2, "ends in .gif or .mp4, got 'episode.avi'"),
+    (["--env", "Toy-v0", "--video", "episode.gif"], 2, "Toy-v0 does not render rgb_array, but nothing"),
+    (["--env", "ToyNoFilm-v0", "--video", "episode.gif"], 2, "--video: cannot render: no display (MuJoCo"),
     (["--env", "NoSuchEnv-v0"], 2, "cannot make 'NoSuchEnv-v0'"),
     (["--env", "no_such_module:Env-v0"], 2, "cannot make 'no_such_module:Env-v0'"),
     (["--env", "ToyWide-v0"], 1, "expects width 3, the environment has 4"),

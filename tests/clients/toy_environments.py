@@ -69,5 +69,26 @@ class ToyWalkEnv(ToyEnv):
         return observation, reward, over, False, {"is_success": self.length % 2 == 0} if over else {}
 
 
+class ToyFilmEnv(ToyEnv):
+    """Draws a line where it is: 24 × 32 pixels, 50 steps a second."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 50}  # noqa: RUF012  so does gymnasium
+
+    def __init__(self, render_mode: str | None = None, breaks: bool = False) -> None:
+        super().__init__()
+        self.render_mode = render_mode
+        self.breaks = breaks
+
+    def render(self) -> Any:
+        if self.breaks:
+            raise RuntimeError("no display\nand a second line")
+        frame = np.zeros((24, 32, 3), np.uint8)
+        frame[:, 4 * self.step_count] = 255
+        return frame
+
+
 gymnasium.register("Toy-v0", entry_point="tests.clients.toy_environments:ToyEnv")
 gymnasium.register("ToyWide-v0", entry_point="tests.clients.toy_environments:ToyEnv", kwargs={"observation_width": 4})
+gymnasium.register("ToyWalk-v0", entry_point="tests.clients.toy_environments:ToyWalkEnv")
+gymnasium.register("ToyFilm-v0", entry_point="tests.clients.toy_environments:ToyFilmEnv")
+gymnasium.register("ToyNoFilm-v0", entry_point="tests.clients.toy_environments:ToyFilmEnv", kwargs={"breaks": True})

@@ -7,20 +7,23 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from lom_client.client import PolicyClient
 from lom_client.config import ClientConfig
 from lom_client.errors import PolicyError
+from lom_client.levels import Source
 
 if TYPE_CHECKING:
     import gymnasium
 
-    from lom_client.episodes import EpisodeReport
+    from lom_client.episodes import AnyEnv, EpisodeReport
+    from lom_client.spec import PolicySpec
 
 _WRONG_USE = 2
 _FAILED = 1
@@ -51,6 +54,18 @@ class ActConfig:
     """Episode i resets with seed + i; 0 or more."""
     deadline_s: float = 1.0
     """Seconds that each action may take, above 0 and at most 3600. One that comes later ends the run."""
+    envs: int = 1
+    """Environments that play side by side, 1 or more; each step asks once for all of them. The episodes stay the
+    same."""
+    rate_hz: float | None = None
+    """Play in real time, so many steps a second, above 0 and at most 1000, through a control loop that bridges what
+    comes late; left out: as quickly as answers come, and without an answer the run ends."""
+    kind: Literal["position", "velocity", "torque"] = "torque"
+    """With --rate-hz: what an action is, which decides how it is held."""
+    video: Path | None = None
+    """Film the first episode into this .gif or .mp4."""
+    plot: Path | None = None
+    """Draw returns, latencies and the first episode's modes into this .png."""
     stream: bool = False
     """Ask over one stream instead of a call for each action: quicker."""
     tls_ca: Path | None = None
@@ -71,10 +86,19 @@ class ActConfig:
             raise ValueError(f"--seed must be 0 or more, got {self.seed}")
         if not 0 < self.deadline_s <= 3600:
             raise ValueError(f"--deadline-s must be above 0 and at most 3600, got {self.deadline_s}")
-        if self.json is not None and not self.json.parent.is_dir():
-            raise ValueError(f"--json: folder {self.json.parent} does not exist")
-        if self.json is not None and self.json.is_dir():
-            raise ValueError(f"--json: {self.json} is a folder")
+        if self.envs < 1:
+            raise ValueError(f"--envs must be 1 or more, got {self.envs}")
+        if self.rate_hz is not None and not 0 < self.rate_hz <= 1000:
+            raise ValueError(f"--rate-hz must be above 0 and at most 1000, got {self.rate_hz}")
+        if self.rate_hz is not None and self.envs > 1:
+            raise ValueError(f"--rate-hz plays one environment in real time, got --envs {self.envs}")
+        for option, path in (("--json", self.json), ("--plot", self.plot)):
+            if path is not None and not path.parent.is_dir():
+                raise ValueError(f"{option}: folder {path.parent} does not exist")
+            if path is not None and path.is_dir():
+                raise ValueError(f"{option}: {path} is a folder")
+        if self.plot is not None and self.plot.suffix != ".png":
+            raise ValueError(f"--plot: expected a name that ends in .png, got {self.plot.name!r}")
 
 
 class _UsageError(Exception):
@@ -88,15 +112,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = _play(config)
         _print_table(config, report)
         if config.json is not None:
-            _write_atomically(config.json, report_json(config, report))
+            text = json.dumps(report_json(config, report), indent=2, allow_nan=False) + "\n"
+            _write_atomically(config.json, text.encode())
+        if config.plot is not None:
+            from lom_client.episode_plot import draw_report
+
+            _write_atomically(config.plot, draw_report(report, _title(config, report)))
     except ImportError as error:
+        if (error.name or "").startswith("matplotlib"):
+            return _complain("--plot needs matplotlib: pip install matplotlib", _WRONG_USE)
         return _complain(f"{error.name or error} is missing: pip install 'lom[client,envs]'", _WRONG_USE)
     except (ValueError, _UsageError) as error:
         return _complain(str(error), _WRONG_USE)
     except PolicyError as error:
         return _complain(str(error), _FAILED)
     except OSError as error:
-        return _complain(f"--json: {error}", _FAILED)
+        return _complain(f"cannot write the report: {error}", _FAILED)
     except KeyboardInterrupt:
         return _complain("interrupted", _INTERRUPTED)
     return 0
@@ -117,7 +148,13 @@ def report_json(config: ActConfig, report: "EpisodeReport") -> dict[str, Any]:
         "returns": list(report.returns),
         "success_rate": report.success_rate,
         "length_mean": float(np.mean(report.lengths)),
-        "fresh": len(report.latencies_s),
+        "envs": config.envs,
+        "rate_hz": config.rate_hz,
+        "steps": report.steps,
+        "steps_per_s": report.steps / report.elapsed_s,
+        "fresh": report.sources.get(Source.FRESH, 0),
+        "source_share": {str(source): count / report.steps for source, count in report.sources.items()},
+        "skipped_periods": report.skipped_periods,
         "latency_p50_us": float(p50),
         "latency_p99_us": float(p99),
         "warning_share": report.warning_share,
@@ -141,31 +178,49 @@ def _play(config: ActConfig) -> "EpisodeReport":
     from rich.console import Console
     from rich.progress import Progress
 
-    from lom_client.episodes import play_episodes
+    from lom_client.episode_film import FilmError, require_film_format
+    from lom_client.episodes import play_episodes, play_episodes_in_real_time
 
-    # The server is asked first: an environment may take seconds to load, a missing server is known at once.
-    with PolicyClient(
-        config.target, policy=config.policy, version=config.version, config=_client_config(config)
-    ) as client:
-        spec = client.get_spec(deadline_s=max(config.deadline_s, 5.0))
-        if config.variant is not None and config.variant not in spec.variants:
-            raise _UsageError(f"--variant: expected one of {', '.join(spec.variants)}, got {config.variant!r}")
-        env = _make_env(config.env)
-        terminal = Console(stderr=True)
-        try:
-            with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
-                bar = progress.add_task(config.env, total=config.episodes)
-                return play_episodes(
-                    env,
-                    client,
-                    episodes=config.episodes,
-                    seed=config.seed,
-                    variant=config.variant,
-                    deadline_s=config.deadline_s,
-                    on_episode=lambda *_: progress.advance(bar),
-                )
-        finally:
-            env.close()
+    if config.plot is not None:
+        import lom_client.episode_plot  # noqa: F401  that it is missing should be known before the run
+    try:
+        if config.video is not None:
+            require_film_format(config.video)
+        # The server is asked first: an environment may take seconds to load, a missing server is known at once.
+        with PolicyClient(
+            config.target, policy=config.policy, version=config.version, config=_client_config(config)
+        ) as client:
+            spec = client.get_spec(deadline_s=max(config.deadline_s, 5.0))
+            _require_served(config, spec)
+            env = _make_envs(config)
+            terminal = Console(stderr=True)
+            try:
+                with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
+                    bar = progress.add_task(config.env, total=config.episodes)
+                    play: Any = play_episodes
+                    if config.rate_hz is not None:
+                        play = partial(play_episodes_in_real_time, rate_hz=config.rate_hz, kinds=config.kind)
+                    report: EpisodeReport = play(
+                        env,
+                        client,
+                        episodes=config.episodes,
+                        seed=config.seed,
+                        variant=config.variant,
+                        deadline_s=config.deadline_s,
+                        on_episode=lambda *_: progress.advance(bar),
+                    )
+                    return report
+            finally:
+                env.close()
+    except FilmError as error:
+        raise _UsageError(f"--video: {error}") from None
+
+
+def _require_served(config: ActConfig, spec: "PolicySpec") -> None:
+    if config.variant is not None and config.variant not in spec.variants:
+        raise _UsageError(f"--variant: expected one of {', '.join(spec.variants)}, got {config.variant!r}")
+    if config.envs > spec.max_batch_rows:
+        raise _UsageError(f"--envs: the server answers at most {spec.max_batch_rows} rows at once, got {config.envs}")
 
 
 def _client_config(config: ActConfig) -> ClientConfig:
@@ -178,7 +233,27 @@ def _client_config(config: ActConfig) -> ClientConfig:
     )
 
 
-def _make_env(env_id: str) -> "gymnasium.Env[Any, Any]":
+def _make_envs(config: ActConfig) -> "AnyEnv":
+    """One environment, or a vector of them; the one that plays the first episode is filmed where that is asked for."""
+    from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+    from lom_client.episode_film import FilmedEpisode
+
+    envs = [_make_env(config.env)]
+    if config.video is not None:
+        modes = envs[0].metadata.get("render_modes", [])
+        envs.pop().close()
+        if "rgb_array" not in modes:
+            raise _UsageError(f"--video: {config.env} does not render rgb_array, but {', '.join(modes) or 'nothing'}")
+        envs = [FilmedEpisode(_make_env(config.env, render_mode="rgb_array"), config.video)]
+    envs += [_make_env(config.env) for _ in range(1, min(config.envs, config.episodes))]
+    if len(envs) == 1:
+        return envs[0]
+    made = iter(envs)
+    return SyncVectorEnv([lambda: next(made)] * len(envs), autoreset_mode=AutoresetMode.DISABLED)
+
+
+def _make_env(env_id: str, **options: Any) -> "gymnasium.Env[Any, Any]":
     import gymnasium
 
     try:
@@ -188,9 +263,14 @@ def _make_env(env_id: str) -> "gymnasium.Env[Any, Any]":
         with warnings.catch_warnings():
             # "-v4 is out of date": a policy belongs to exactly the version that it was trained on.
             warnings.simplefilter("ignore", DeprecationWarning)
-            return gymnasium.make(env_id)
+            return gymnasium.make(env_id, **options)
     except Exception as error:  # plugins and an environment's constructor are foreign code
         raise _UsageError(f"--env: cannot make {env_id!r}: {_first_line(str(error))}") from None
+
+
+def _title(config: ActConfig, report: "EpisodeReport") -> str:
+    how = "" if config.rate_hz is None else f" · {config.rate_hz:g} Hz"
+    return f"{config.env} · {report.policy} · {report.variant}{how}"
 
 
 def _print_table(config: ActConfig, report: "EpisodeReport") -> None:
@@ -198,15 +278,21 @@ def _print_table(config: ActConfig, report: "EpisodeReport") -> None:
     from rich.table import Table
 
     numbers = report_json(config, report)
-    table = Table(title=f"{config.env} · {report.policy} · {report.variant} · {len(report.returns)} episodes")
+    table = Table(title=f"{_title(config, report)} · {len(report.returns)} episodes")
     table.add_column("measure")
     table.add_column("value", justify="right")
     table.add_row("return", f"{numbers['return_mean']:.2f} ± {numbers['return_std']:.2f}")
     if report.success_rate is not None:
         table.add_row("success", f"{report.success_rate:.1%}")
     table.add_row("episode length", f"{numbers['length_mean']:.1f}")
-    table.add_row("latency p50", f"{numbers['latency_p50_us']:.0f} µs")
-    table.add_row("latency p99", f"{numbers['latency_p99_us']:.0f} µs")
+    for source, share in numbers["source_share"].items():
+        table.add_row(f"{source} actions", f"{share:.2%}")
+    if config.rate_hz is not None:
+        table.add_row("skipped periods", f"{report.skipped_periods}")
+    rows = f", {config.envs} rows" if config.envs > 1 else ""
+    table.add_row(f"latency p50{rows}", f"{numbers['latency_p50_us']:.0f} µs")
+    table.add_row(f"latency p99{rows}", f"{numbers['latency_p99_us']:.0f} µs")
+    table.add_row("steps per second", f"{numbers['steps_per_s']:.0f}")
     for name, share in report.warning_share.items():
         table.add_row(f"{name} warnings", f"{share:.2%}")
     for mode, share in report.mode_share.items():
@@ -214,14 +300,11 @@ def _print_table(config: ActConfig, report: "EpisodeReport") -> None:
     Console().print(table)
 
 
-def _write_atomically(path: Path, content: dict[str, Any]) -> None:
+def _write_atomically(path: Path, content: bytes) -> None:
     """A reader sees the old file or the whole new one, never a part."""
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as file:
+    with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
-            file.write(text)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
             os.replace(file.name, path)
