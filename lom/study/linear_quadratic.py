@@ -53,14 +53,14 @@ class LinearQuadraticProblem:
         weights = [each.weight for each in self.controllers]
         kron = sum(w * np.kron(f.T, f.T) for w, f in zip(weights, closed, strict=True))
         cost = self.state_cost + sum(c.weight * c.gain.T @ self.action_cost @ c.gain for c in self.controllers)
-        quadratic = np.linalg.solve(np.eye(size**2) - discount * kron, cost.reshape(-1)).reshape(size, size)
+        quadratic: Array = np.linalg.solve(np.eye(size**2) - discount * kron, cost.reshape(-1)).reshape(size, size)
 
-        average = sum(w * f for w, f in zip(weights, closed, strict=True))
+        average = np.einsum("m,mij->ij", weights, closed)
         drift = np.zeros(size)
         for each, loop in zip(self.controllers, closed, strict=True):
             push = self.control @ each.offset
             drift += each.weight * (each.gain.T @ self.action_cost @ each.offset + discount * loop.T @ quadratic @ push)
-        linear = np.linalg.solve(np.eye(size) - discount * average.T, drift)
+        linear: Array = np.linalg.solve(np.eye(size) - discount * average.T, drift)
 
         constant = 0.0
         for each in self.controllers:

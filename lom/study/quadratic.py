@@ -5,11 +5,12 @@ Q(a) = c + b·a - a·Ha/2 and the mode N(μ, Σ). All arrays are float64: b, μ 
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,9 @@ class TabularMDP:
         """V^π by a linear solve: (I - γ P_π) V = r_π. Shapes: policy float64[S, A] -> [S]."""
         moves = torch.einsum("sa,sat->st", policy, self.transitions)
         rewards = (policy * self.rewards).sum(dim=1)
-        return torch.linalg.solve(torch.eye(len(rewards), dtype=torch.float64) - self.discount * moves, rewards)
+        identity = torch.eye(len(rewards), dtype=torch.float64)
+        values: Tensor = torch.linalg.solve(identity - self.discount * moves, rewards)
+        return values
 
     def action_values(self, policy: Tensor) -> Tensor:
         """Q^π(s, a) = r(s, a) + γ Σ_s' P(s'|s, a) V^π(s'), float64[S, A]."""
