@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lom_client.levels import Refusal, Reply
+from lom_client.levels import Refusal
 from lom_client.loop_messages import (
+    Answer,
     Question,
     UnusableObservationError,
     pack_observation,
@@ -91,7 +92,7 @@ def test_what_cannot_be_sent_is_refused_by_name(observation: Any, reason: str, d
 
 
 def test_replies_and_refusals() -> None:
-    reply = Reply(
+    reply = Answer(
         sequence=1,
         observed_ns=10**15,
         generation=2,
@@ -101,6 +102,8 @@ def test_replies_and_refusals() -> None:
         warns=True,
         version=3,
         mode=2,
+        variant="greedy_mode",
+        margin=0.1,
     )
     again = unpack_reply(pack_reply(reply))
     assert again == reply

@@ -8,7 +8,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lom_client.client import PolicyClient
 from lom_client.fallback import GuardedFallback
+from lom_client.flight_recorder import FlightRecorder
 from lom_client.level_rules import NS_PER_S, LevelRules, Vector
 from lom_client.levels import (
     Command,
@@ -34,7 +35,7 @@ from lom_client.levels import (
 )
 from lom_client.loop_config import LoopConfig
 from lom_client.loop_counters import LoopCounters, LoopTally, Record
-from lom_client.loop_events import EventReporter, LoopEvent, events_between
+from lom_client.loop_events import EventReporter, LoopEvent, RecordingEnded, events_between
 from lom_client.loop_io import LoopIo, PolicyProcess, ProcessIo, ThreadIo
 from lom_client.loop_messages import (
     Question,
@@ -119,6 +120,7 @@ class ControlLoop:
         config: LoopConfig,
         *,
         on_event: Callable[[LoopEvent], object] | None = None,
+        recorder: FlightRecorder | None = None,
     ) -> None:
         """Everything that can be wrong with the configuration is found here; `step` never raises.
 
@@ -127,6 +129,7 @@ class ControlLoop:
             config: how the robot is treated.
             on_event: told, in a thread of its own, when the level, the bundle or the distribution changes, and when
                 `step` was not called for five periods.
+            recorder: records every tick that had an observation; it is the caller's, and not closed here.
 
         Raises:
             ValueError: the configuration does not go with the bounds, or the fallback fails its trial.
@@ -155,7 +158,9 @@ class ControlLoop:
         self._pid = os.getpid()
         self._is_closed = False
         self._last_step = (0, 0)
-        self._reporter = None
+        self._recorder = recorder
+        self._recording_has_ended = False
+        self._reporter: EventReporter | None = None
         if on_event is not None:
             self._reporter = EventReporter(on_event, lambda: self._last_step, _STALLED_PERIODS * rules.period_ns)
 
@@ -167,7 +172,8 @@ class ControlLoop:
     @property
     def counters(self) -> LoopCounters:
         """What happened since the loop began; a snapshot that does not change."""
-        return self._tally.snapshot()
+        counters = self._tally.snapshot()
+        return counters if self._recorder is None else replace(counters, unrecorded=self._recorder.dropped)
 
     @property
     def history(self) -> tuple[Record, ...]:
@@ -340,6 +346,8 @@ class ControlLoop:
         command = self._advance(tick)
         assert isinstance(command, Command)
         self._last_step = (command.sequence, self._state.now_ns)
+        if self._recorder is not None and not fault:
+            self._record(self._recorder, command)
         if self._reporter is not None:
             for event in events_between(self._command, command):
                 self._reporter.report(event)
@@ -361,6 +369,14 @@ class ControlLoop:
             version=None if reply is None else reply.version,
             bundle_digest="" if reply is None else reply.bundle_digest,
         )
+
+    def _record(self, recorder: FlightRecorder, command: Command) -> None:
+        regime = self._regime
+        recorder.tick(self._observation, command, regime.rules, self._mode, regime.hysteresis_width)
+        if recorder.failure and not self._recording_has_ended:
+            self._recording_has_ended = True
+            if self._reporter is not None:
+                self._reporter.report(RecordingEnded(reason=recorder.failure))
 
     def _advance(self, event: Event) -> Output:
         self._state, output = advance(self._regime.rules, self._state, event, time.monotonic_ns())

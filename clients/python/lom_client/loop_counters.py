@@ -28,6 +28,7 @@ class LoopCounters:
         ages_ms: fresh commands by the age of their observation: n is the number with an age of at most the key's
             milliseconds, and above half of it.
         longest_miss_run: most ticks in a row without the policy's action.
+        unrecorded: ticks that the loop's recorder dropped; 0 without one.
     """
 
     sources: Mapping[Source, int] = field(default_factory=dict)
@@ -36,6 +37,7 @@ class LoopCounters:
     transitions: Mapping[tuple[Level, Level], int] = field(default_factory=dict)
     ages_ms: Mapping[float, int] = field(default_factory=dict)
     longest_miss_run: int = 0
+    unrecorded: int = 0
 
     @property
     def ticks(self) -> int:

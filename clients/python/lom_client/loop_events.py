@@ -49,7 +49,14 @@ class LoopStalled:
     stalled_s: float
 
 
-LoopEvent: TypeAlias = LevelChanged | BundleChanged | OutOfDistribution | LoopStalled
+@dataclass(frozen=True, kw_only=True)
+class RecordingEnded:
+    """The recorder of this loop records no longer, for `reason`; the loop goes on."""
+
+    reason: str
+
+
+LoopEvent: TypeAlias = LevelChanged | BundleChanged | OutOfDistribution | LoopStalled | RecordingEnded
 
 
 def events_between(before: Command | None, command: Command) -> list[LoopEvent]:
@@ -75,7 +82,7 @@ def events_between(before: Command | None, command: Command) -> list[LoopEvent]:
 class EventReporter:
     """Calls the hook in a thread of its own, and watches that the loop goes on.
 
-    **Threads**: one reports; any may close.
+    **Threads**: any.
     """
 
     def __init__(

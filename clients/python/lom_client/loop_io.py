@@ -1,6 +1,7 @@
 """Who asks the policy for a control loop: a thread, or a process of its own. The control thread itself does no I/O."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,8 +16,8 @@ from lom_api.reasons import Reason
 from lom_client.client import PolicyClient
 from lom_client.config import ClientConfig
 from lom_client.errors import Overloaded, PolicyError
-from lom_client.levels import Refusal, Reply
-from lom_client.loop_messages import Question, pack_refusal, pack_reply, unpack_observation
+from lom_client.levels import Refusal
+from lom_client.loop_messages import Answer, Question, pack_refusal, pack_reply, unpack_observation
 from lom_client.mailbox import Mailboxes
 from lom_client.throttle import Throttle
 
@@ -179,7 +180,7 @@ def answer_questions(
             continue
         question = Question.from_bytes(message)
         outcome = _outcome(question, client_of, throttle)
-        if isinstance(outcome, Reply):
+        if isinstance(outcome, Answer):
             mailboxes.answers.put(pack_reply(outcome))
         else:
             refusal, detail = outcome
@@ -189,7 +190,7 @@ def answer_questions(
 
 def _outcome(
     question: Question, client_of: Callable[[str], PolicyClient], throttle: Throttle
-) -> Reply | tuple[Refusal, str]:
+) -> Answer | tuple[Refusal, str]:
     now = time.monotonic()
     budget_s = question.over_ns * 1e-9 - now
     if budget_s <= 0:
@@ -215,7 +216,8 @@ def _outcome(
     throttle.was_answered()
     if answer.actions.ndim != 1 or client.spec is None:
         return _refused(question, Reason.BAD_SHAPE, "observation: expected one row")
-    return Reply(
+    margin = math.nan if answer.margin is None else float(answer.margin)
+    return Answer(
         sequence=question.sequence,
         observed_ns=question.observed_ns,
         generation=question.generation,
@@ -225,6 +227,8 @@ def _outcome(
         warns=any(bool(score.warns) for score in answer.scores.values()),
         version=answer.version,
         mode=-1 if answer.mode is None else int(answer.mode),
+        variant=answer.variant,
+        margin=None if math.isnan(margin) else margin,
     )
 
 

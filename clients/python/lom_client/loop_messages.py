@@ -14,7 +14,17 @@ from lom_client.levels import Refusal, Reply
 from lom_client.observations import Observations
 
 _LENGTH = struct.Struct("<I")
-_REPLY_FIELDS = tuple(field.name for field in fields(Reply))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer(Reply):
+    """A reply with what the levels need not know. `margin` is None where there was no runner-up, or is no mode."""
+
+    variant: str = ""
+    margin: float | None = None
+
+
+_ANSWER_FIELDS = tuple(field.name for field in fields(Answer))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +104,20 @@ def unpack_observation(packed: bytes) -> Observations:
     return arrays[""] if list(arrays) == [""] else arrays
 
 
-def pack_reply(reply: Reply) -> bytes:
+def packed_header(packed: bytes) -> bytes:
+    """Names, dtypes and shapes of what `pack_observation` packed: equal for observations of equal form."""
+    return packed[: _LENGTH.size + _LENGTH.unpack_from(packed)[0]]
+
+
+def pack_reply(answer: Answer) -> bytes:
     """As `unpack_reply` reads it: every number to the bit."""
-    return json.dumps({name: getattr(reply, name) for name in _REPLY_FIELDS}).encode()
+    return json.dumps({name: getattr(answer, name) for name in _ANSWER_FIELDS}).encode()
 
 
-def unpack_reply(message: bytes) -> Reply:
+def unpack_reply(message: bytes) -> Answer:
     """What `pack_reply` packed."""
     said = json.loads(message)
-    return Reply(**(said | {"action": tuple(said["action"])}))
+    return Answer(**(said | {"action": tuple(said["action"])}))
 
 
 def pack_refusal(refusal: Refusal, detail: str) -> bytes:
