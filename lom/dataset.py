@@ -111,14 +111,15 @@ def load_transitions(
         raise DatasetError("expected at least one dataset file, got none")
     action_dim = None if action_bounds is None else action_bounds[0].size
     fits = "the environment"
+    names = tuple(names) or tuple(path.name for path in paths)
     parts: list[dict[str, NDArray[Any]]] = []
     recordings: list[Recording] = []
-    for path in paths:
+    for path, name in zip(paths, names, strict=True):
         recording = read_recording(path, observation_keys)
         arrays = _checked(path, recording.arrays, action_dim, observation_dim, fits)
         recording.arrays.clear()  # a million rows should not be held twice
         if not {"timeouts", "next_observations"} & arrays.keys():
-            warn(f"{path}: no timeouts and no next_observations: episodes are taken to end at terminals only")
+            warn(f"{name}: no timeouts and no next_observations: episodes are taken to end at terminals only")
         part = _pair(path, arrays)
         if observation_dim is None or action_dim is None:
             observation_dim, action_dim, fits = part["observations"].shape[1], part["actions"].shape[1], str(path)
@@ -129,8 +130,8 @@ def load_transitions(
     if action_bounds is None:
         warn("neither an environment nor the files state action bounds: actions are taken to lie in [-1, 1]")
         action_bounds = -np.ones(action_dim or 0, np.float32), np.ones(action_dim or 0, np.float32)
-    for path, part in zip(paths, parts, strict=True):
-        _move_inside(path, part, action_bounds, strict, warn)
+    for name, part in zip(names, parts, strict=True):
+        _move_inside(name, part, action_bounds, strict, warn)
     episodes_before = np.cumsum([0] + [int(part["episodes"][-1]) + 1 for part in parts[:-1]])
     for source, (part, offset) in enumerate(zip(parts, episodes_before, strict=True)):
         part["episodes"] = (part["episodes"] + offset).astype(np.int32)
@@ -138,7 +139,7 @@ def load_transitions(
     joined = parts[0] if len(parts) == 1 else {key: np.concatenate([p.pop(key) for p in parts]) for key in [*parts[0]]}
     return Transitions(
         **joined,
-        source_names=tuple(names) or tuple(path.name for path in paths),
+        source_names=names,
         observation_parts=_common_parts(paths, recordings),
         action_low=action_bounds[0],
         action_high=action_bounds[1],
@@ -169,15 +170,15 @@ def _common_bounds(paths: Sequence[Path], recordings: Sequence[Recording]) -> Bo
 
 
 def _move_inside(
-    path: Path, part: dict[str, NDArray[Any]], bounds: Bounds, strict: bool, warn: Callable[[str], None]
+    name: str, part: dict[str, NDArray[Any]], bounds: Bounds, strict: bool, warn: Callable[[str], None]
 ) -> None:
     low, high = bounds
     outside = (part["actions"] < low) | (part["actions"] > high)
     if outside.any():
         count = f"{int(outside.sum())} of {outside.size} action entries ({outside.mean():.1%})"
         if strict:
-            raise DatasetError(f"{path}: actions: {count} lie outside the action space; refused because of --strict")
-        warn(f"{path}: actions: {count} lie outside the action space and were clipped")
+            raise DatasetError(f"{name}: actions: {count} lie outside the action space; refused because of --strict")
+        warn(f"{name}: actions: {count} lie outside the action space and were clipped")
     for key in ("actions", "next_actions"):
         part[key] = np.clip(part[key], low, high)
 

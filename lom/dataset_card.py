@@ -162,8 +162,6 @@ class DatasetCard:
             ("constant dimensions", _constant(self.observation_dimensions + self.action_dimensions)),
         ):
             table.add_row(name, value)
-        for note in self.notes:
-            table.add_row("note", note, style="yellow")
         return table
 
     def _by_source(self) -> Table:
@@ -183,7 +181,8 @@ class DatasetCard:
                 numbers = (dimension.mean, dimension.std, dimension.min, dimension.max)
                 table.add_row(dimension.name, *(f"{number:.4g}" for number in numbers))
             if len(dimensions) > _SHOWN_DIMENSIONS:
-                table.add_row(f"... {len(dimensions)} in all: those with the widest and the narrowest spread")
+                table.add_row(f"(of {len(dimensions)})")
+                table.caption = "of many dimensions those that vary least and most"
             table.add_section()
         return table
 
@@ -257,8 +256,8 @@ def _count_duplicates(transitions: Transitions) -> tuple[int, int]:
 
 def _warnings(transitions: Transitions, observations: Sequence[Dimension], duplicate_episodes: int) -> list[str]:
     notes = []
-    if transitions.rewards.min() == transitions.rewards.max():
-        notes.append("every reward is the same: no action can look better than another, LOM will imitate at random")
+    if transitions.rewards.min() == transitions.rewards.max() and not transitions.terminals.any():
+        notes.append("every reward is the same and no row is terminal: no action can look better than another")
     if duplicate_episodes:
         notes.append("some episodes occur more than once: held-out episodes are then not unseen")
     scales = [dimension.std for dimension in observations if not dimension.constant]

@@ -116,6 +116,8 @@ def train(arguments: TrainArguments, console: Console) -> None:
         torch.set_num_threads(config.threads)
     spec, transitions, card = _read_data(arguments, console)
     console.print(card.tables())
+    for note in card.notes if arguments.env else (*card.notes, "no --env: nothing will be evaluated"):
+        console.print(f"warning: {note}", style="yellow", markup=False, soft_wrap=True)
     trained_on, held_out = transitions.hold_out(config.held_out_share, config.seed)
     del transitions  # a million rows should not be held twice
     samples = runs.DataSamples.draw(trained_on, held_out, config.seed)
@@ -140,16 +142,9 @@ def train(arguments: TrainArguments, console: Console) -> None:
 
 def _read_data(arguments: TrainArguments, console: Console) -> tuple[runs.RunSpec, Transitions, DatasetCard]:
     notes: list[str] = []
-
-    def warn(message: str) -> None:
-        notes.append(message)
-        console.print(f"warning: {message}", style="yellow", markup=False, soft_wrap=True)
-
     given = (*arguments.datasets, *arguments.dataset)
     keys = arguments.observation_keys
     spaces = None if arguments.env is None else env_spaces(arguments.env, keys)
-    if spaces is None:
-        warn("no --env: nothing will be evaluated")
     minari_root = Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
     paths = [find_dataset(name, minari_root) for name in given]
     with console.status("reading the data"):
@@ -160,7 +155,7 @@ def _read_data(arguments: TrainArguments, console: Console) -> tuple[runs.RunSpe
             observation_dim=None if spaces is None else spaces.observation_low.size,
             observation_keys=keys,
             strict=arguments.strict,
-            warn=warn,
+            warn=notes.append,
         )
         card = DatasetCard.of(transitions, notes)
     parts = transitions.observation_parts

@@ -3,7 +3,7 @@
 import re
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 import lom
 from lom.evaluation import EVALUATION_SEED, UnsuitableEnvError, env_spaces, evaluate
+from lom.observation_parts import element_names
 from lom.run import RunSpec, TrainedRun, load_run
 from lom_bundle import (
     BundleError,
@@ -149,7 +150,8 @@ def export_run(config: ExportConfig, report: Callable[[str], None] = lambda stag
         )
     if config.env is not None:
         report(f"playing {config.episodes} episodes per variant in {config.env}")
-        evaluation = _evaluate(manifest, graphs, config.env, config.episodes)
+        keys = trained.spec.observation_keys
+        evaluation = _evaluate(manifest, graphs, config.env, config.episodes, keys)
         candidates = {name: evaluation["variants"][name]["return_mean"] for name in ("greedy_mode", "actor")}
         manifest = replace(manifest, evaluation=evaluation, default_variant=max(candidates, key=candidates.__getitem__))
     manifest = replace(
@@ -224,7 +226,8 @@ def _manifest(
                 shape=(len(spec.observation_low),),
                 low=spec.observation_low,
                 high=spec.observation_high,
-                element_names=contract.observation_names,
+                # Of a dict observation the order must be known to whoever builds the vector.
+                element_names=contract.observation_names or element_names(spec.observation_parts),
                 units=contract.observation_units,
             ),
         ),
@@ -320,7 +323,7 @@ def _default_name(origin: str) -> str:
 
 
 def _check_env(env_id: str, spec: RunSpec) -> None:
-    spaces = env_spaces(env_id)
+    spaces = env_spaces(env_id, spec.observation_keys)
     trained_for = (len(spec.observation_low), spec.action_low, spec.action_high)
     found = (spaces.observation_low.size, tuple(spaces.action_low.tolist()), tuple(spaces.action_high.tolist()))
     if found != trained_for:
@@ -331,7 +334,9 @@ def _check_env(env_id: str, spec: RunSpec) -> None:
         )
 
 
-def _evaluate(manifest: Manifest, graphs: Mapping[str, bytes], env_id: str, episodes: int) -> dict[str, Any]:
+def _evaluate(
+    manifest: Manifest, graphs: Mapping[str, bytes], env_id: str, episodes: int, observation_keys: Sequence[str]
+) -> dict[str, Any]:
     """Plays the graphs themselves, not the torch modules that they came from."""
     results = {}
     for variant, spec in manifest.variants.items():
@@ -341,5 +346,6 @@ def _evaluate(manifest: Manifest, graphs: Mapping[str, bytes], env_id: str, epis
             actions: NDArray[np.float32] = session.run(["action"], {OBSERVATION: observations})[0]
             return actions
 
-        results[variant] = evaluate(act, env_id, episodes=episodes, seed=EVALUATION_SEED).to_json()
+        outcome = evaluate(act, env_id, episodes=episodes, seed=EVALUATION_SEED, observation_keys=observation_keys)
+        results[variant] = outcome.to_json()
     return {"env": env_id, "episodes": episodes, "seed": EVALUATION_SEED, "variants": results}
