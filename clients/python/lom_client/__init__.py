@@ -30,6 +30,7 @@ from lom_client.loop_counters import LoopCounters
 from lom_client.loop_events import BundleChanged, LevelChanged, LoopEvent, LoopStalled, OutOfDistribution
 from lom_client.loop_io import PolicyProcess
 from lom_client.pacing import Tick, paced_ticks
+from lom_client.served_policy import ServedPolicy
 from lom_client.spec import PolicySpec, Space
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "PolicyProcess",
     "PolicySpec",
     "Score",
+    "ServedPolicy",
     "ServerFault",
     "ServerUnavailable",
     "Source",
