@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from lom_client.episodes import EpisodeReport
 
-# Okabe and Ito's colours, which people with any colour vision tell apart; their yellow is too pale on white.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
+# Okabe and Ito's colours, which people with any colour vision tell apart, but for their yellow (too pale on white) and
+# black (too heavy as an area).
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#4D4D4D")
 _HATCHES = ("", "///", "...", "xxx")
 _INK, _PALE = "#333333", "#BBBBBB"
 _MOST_COLUMNS = 60
@@ -22,7 +23,7 @@ def draw_report(report: EpisodeReport, title: str) -> bytes:
     """Returns of all episodes, latencies of all calls, modes of the first episode: a PNG of 1,800 × 1,200 pixels."""
     figure = Figure(figsize=(12, 8), layout="constrained")
     figure.suptitle(f"{title}\n{_outcome(report)}", fontsize=13, color=_INK)
-    panels = figure.subplot_mosaic([["returns", "latencies"], ["modes", "modes"]])
+    panels = figure.subplot_mosaic([["returns", "latencies"], ["modes", "modes"]], height_ratios=(3, 2))
     for axes in panels.values():
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=10)
@@ -58,7 +59,7 @@ def _draw_returns(axes: Axes, report: EpisodeReport) -> None:
     )
     if not succeeded.all():
         axes.legend(frameon=False, fontsize=10)
-    axes.set_title(f"Return of each episode: {mean:.4g} ± {spread:.2g} (mean ± sd)", fontsize=12, loc="left")
+    axes.set_title(f"Return of each episode: {mean:,.2f} ± {spread:,.2f} (mean ± sd)", fontsize=12, loc="left")
     axes.set_xlabel("episode")
     axes.set_ylabel("return (sum of rewards)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -73,8 +74,9 @@ def _draw_latencies(axes: Axes, latencies_ms: NDArray[np.float64]) -> None:
     for share, style in ((50, "-"), (99, "--")):
         value = float(np.percentile(latencies_ms, share))
         axes.axvline(value, color=_INK, linewidth=1.5, linestyle=style, label=f"p{share} {value:.3g} ms")
-    axes.legend(frameon=False, fontsize=10)
-    ticks = [tick for decade in range(-3, 6) for tick in (10.0**decade, 2 * 10.0**decade, 5 * 10.0**decade)]
+    axes.legend(fontsize=10, framealpha=1, edgecolor="white")
+    digits = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 5, 7)
+    ticks = [digit * 10.0**decade for decade in range(-3, 6) for digit in digits]
     ticks = [tick for tick in ticks if bins[0] <= tick <= bins[-1]]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xticks([], minor=True)

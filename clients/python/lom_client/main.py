@@ -278,7 +278,8 @@ def _print_table(config: ActConfig, report: "EpisodeReport") -> None:
     from rich.table import Table
 
     numbers = report_json(config, report)
-    table = Table(title=f"{_title(config, report)} · {len(report.returns)} episodes")
+    title = f"{_title(config, report)} · {len(report.returns)} episodes"
+    table = Table(title=title, min_width=len(title))
     table.add_column("measure")
     table.add_column("value", justify="right")
     table.add_row("return", f"{numbers['return_mean']:.2f} ± {numbers['return_std']:.2f}")
