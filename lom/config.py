@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +25,33 @@ class TrainConfig:
     """Widths of critics, hyper-critic, actor and behaviour cloning."""
     mixture_hidden: tuple[int, ...] = (256, 256)
     """Widths of the mixture's trunk."""
+    initial_means: Literal["data", "network"] = "data"
+    """Where components start: at far-apart actions of the data (k-means++ seeding), or where random weights put them
+    (as published), which is near the middle of the action space and misses modes more often."""
+    log_std_min: float = -5.0
+    """Floor of a component's log-std (the ceiling is 0), unit actions; a soft clamp, one for fitting, scoring and
+    sampling. Lower fits nearly deterministic data more closely; such modes leave the actor nothing to improve on.
+    Published: -15."""
     hyper_head: Literal["components", "one_hot"] = "components"
     """Hyper-critic: one network with M outputs (fast), or a scalar network on a one-hot component (as published)."""
     num_critics: int = 1
-    """C; the target takes their minimum, hyper-Q and advantages their mean."""
+    """C; the target takes their minimum (eq. 16), `critic_reduction` says what hyper-Q and advantages take."""
+    critic_reduction: Literal["mean", "min", "first"] = "mean"
+    """What C critics say together in hyper-Q's targets (eq. 17) and in advantages (eq. 18). The mean is the least
+    noisy; the minimum distrusts modes on which critics disagree; the first alone is the authors' code. All are equal
+    for C = 1."""
+    advantage_baseline: Literal["mode_mean", "policy", "hyper"] = "mode_mean"
+    """What an action's value is compared with (eq. 18). mode_mean: Q(s, μ) of the chosen mode, as published. policy:
+    Q(s, π(s)), the authors' code; follows the actor, so that weights shrink as it improves. hyper: value and baseline
+    are of the greedy hyper-policy instead of the behaviour, from critics of their own whose target acts by the chosen
+    mode at s' (Theorem 2 holds only so); about a third dearer, and farther from the data."""
+    normalise_advantages: bool = False
+    """Divide advantages by their root mean square over the batch. Makes `inverse_temperature` independent of the
+    reward's scale, but gives noise the same weight as signal where all actions of a mode are worth the same."""
+    imitation_samples: int = 1
+    """Actions of the chosen mode that each state is shown in an actor step. Above 1 the actor is fitted to their
+    self-normalised weighted mean Σ w a / Σ w, the same optimum state by state (eq. 18) with less noise; costs that
+    many critic evaluations."""
     inverse_temperature: float = 5.0
     """β, multiplies the advantage in exp(β A). Higher imitates more sharply, and climbs errors of the critic."""
     max_imitation_weight: float = 50.0
@@ -48,7 +71,10 @@ class TrainConfig:
     hyper_batch: int = 1024
     """Rows per hyper-critic step; each brings M actions to value."""
     mixture_learning_rate: float = 1e-3
-    """Adam, decays linearly to 0 over the last 30 % of `mixture_steps`; behaviour cloning has the same schedule."""
+    """Adam; behaviour cloning has the same."""
+    mixture_decay_share: float = 0.3
+    """Last share of `mixture_steps` over which its learning rate falls linearly to 0; 0 keeps it constant (as
+    published). Decay trades speed at the end for a fit that no longer jumps."""
     critic_learning_rate: float = 3e-4
     """Adam. 1e-3 for runs of 20,000 steps and fewer."""
     hyper_learning_rate: float = 1e-3
@@ -57,6 +83,12 @@ class TrainConfig:
     """Adam."""
     target_update_rate: float = 0.005
     """τ: share of the critic that enters its target at every second step."""
+    decay_share: float = 0.0
+    """Last share of `steps` over which the rates of critics, hyper-critic and actor fall linearly to 0; 0 keeps them
+    (as published). Decay settles the last weights, which are the ones that act, and learns less in the same steps."""
+    averaging_steps: int = 0
+    """Actor and hyper-critic that act are the averages of their weights over about this many last steps (all steps
+    while there are fewer); 0 takes the last weights (as published). Averages are smoother and lag behind."""
     held_out_share: float = 0.05
     """Share of the episodes that nothing is trained on, at least one of ten: export calibrates its warnings there."""
     mixture_cache_bytes: int = 1 << 30
@@ -65,7 +97,16 @@ class TrainConfig:
     """torch's CPU threads; 0 leaves its default. Nets of 64 units are fastest with 1."""
 
     def __post_init__(self) -> None:
-        positive = ("mixture_steps", "steps", "num_components", "num_critics", "mixture_batch", "batch", "hyper_batch")
+        positive = (
+            "mixture_steps",
+            "steps",
+            "num_components",
+            "num_critics",
+            "mixture_batch",
+            "batch",
+            "hyper_batch",
+            "imitation_samples",
+        )
         for name in positive:
             _require(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
         for name in ("mixture_learning_rate", "critic_learning_rate", "hyper_learning_rate", "actor_learning_rate"):
@@ -76,6 +117,12 @@ class TrainConfig:
         for name in ("hidden", "mixture_hidden"):
             widths = getattr(self, name)
             _require(bool(widths) and all(width >= 1 for width in widths), name, "one or more positive widths", widths)
+        for name, choices in _CHOICES.items():
+            _require(getattr(self, name) in choices, name, f"one of {choices}", getattr(self, name))
+        for name in ("mixture_decay_share", "decay_share"):
+            _require(0.0 <= getattr(self, name) <= 1.0, name, "0 to 1", getattr(self, name))
+        _require(-20.0 <= self.log_std_min <= -1.0, "log_std_min", "-20 to -1", self.log_std_min)
+        _require(self.averaging_steps >= 0, "averaging_steps", "0 or more", self.averaging_steps)
         _require(self.seed >= 0, "seed", "0 or more", self.seed)
         _require(0.0 <= self.min_mixing_weight < 1.0, "min_mixing_weight", "0 to below 1", self.min_mixing_weight)
         _require(0.0 <= self.held_out_share <= 0.5, "held_out_share", "0 to 0.5", self.held_out_share)
@@ -112,12 +159,33 @@ class TrainConfig:
         return cls(**values)
 
 
+_CHOICES = {
+    "hyper_head": ("components", "one_hot"),
+    "initial_means": ("data", "network"),
+    "critic_reduction": ("mean", "min", "first"),
+    "advantage_baseline": ("mode_mean", "policy", "hyper"),
+}
+
+
 def _require(holds: bool, name: str, expected: str, got: object) -> None:
     if not holds:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
 _STANDARD = TrainConfig()
+
+_PAPER = replace(
+    _STANDARD,
+    mixture_steps=200_000,
+    steps=1_000_000,
+    mixture_hidden=(512, 512),
+    min_mixing_weight=0.0,
+    initial_means="network",
+    log_std_min=-15.0,
+    mixture_decay_share=0.0,
+    target_noise_std=0.0,
+    held_out_share=0.0,
+)
 
 PRESETS: dict[str, TrainConfig] = {
     # Real datasets with time to train: the published sizes, with our mask, initialisation and hyper-critic head.
@@ -151,4 +219,67 @@ PRESETS: dict[str, TrainConfig] = {
         critic_learning_rate=1e-3,
         threads=1,
     ),
+    # The paper's readings: every component may be chosen, no smoothing noise, one critic, no tricks of training.
+    "paper": _PAPER,
+    # The authors' code as it runs. Its defects (docs/algorithm.md) are not reproduced.
+    "faithful": replace(
+        _PAPER,
+        hyper_head="one_hot",
+        advantage_baseline="policy",
+        critic_reduction="first",
+        target_noise_std=0.2,
+    ),
 }
+
+
+class TaskParameters(NamedTuple):
+    """What the authors' code tunes per task (its table, 1 December 2024)."""
+
+    num_critics: int
+    num_components: int
+    inverse_temperature: float
+    imitation_noise_std: float
+    target_noise_std: float
+    max_imitation_weight: float
+
+
+TASKS: dict[str, TaskParameters] = {
+    "halfcheetah-medium-replay": TaskParameters(1, 5, 5.0, 0.4, 0.2, 100.0),
+    "hopper-medium-replay": TaskParameters(1, 5, 5.0, 0.0, 0.2, 50.0),
+    "walker2d-medium-replay": TaskParameters(1, 10, 5.0, 0.0, 0.2, 50.0),
+    "halfcheetah-full-replay": TaskParameters(1, 10, 5.0, 0.4, 0.2, 100.0),
+    "hopper-full-replay": TaskParameters(2, 10, 5.0, 0.0, 0.2, 50.0),
+    "walker2d-full-replay": TaskParameters(1, 10, 5.0, 0.0, 0.2, 50.0),
+    "halfcheetah-medium": TaskParameters(1, 2, 5.0, 0.4, 0.2, 100.0),
+    "hopper-medium": TaskParameters(3, 5, 5.0, 0.0, 0.2, 50.0),
+    "walker2d-medium": TaskParameters(1, 2, 5.0, 0.0, 0.2, 50.0),
+    "halfcheetah-medium-expert": TaskParameters(2, 1, 0.1, 0.0, 0.0, 50.0),
+    "hopper-medium-expert": TaskParameters(6, 2, 0.1, 0.0, 0.0, 50.0),
+    "walker2d-medium-expert": TaskParameters(3, 5, 0.1, 0.2, 0.0, 50.0),
+    "halfcheetah-expert": TaskParameters(1, 2, 0.1, 0.0, 0.0, 50.0),
+    "hopper-expert": TaskParameters(1, 2, 0.1, 0.0, 0.2, 50.0),
+    "walker2d-expert": TaskParameters(1, 5, 0.1, 0.2, 0.0, 50.0),
+}
+"""By D4RL name without its version. Values belong to those files and to the published budget."""
+
+_PAPERS_OWN = ("num_components", "inverse_temperature", "max_imitation_weight")
+
+
+def preset_config(preset: str, task: str | None = None) -> TrainConfig:
+    """A preset, with the hyper-parameters of one of the 15 tasks laid over it.
+
+    `task` is the name of D4RL; `-v2` and `-like` (other data of the same make) may follow. The paper has neither
+    critic ensembles nor noise, so its preset takes M, β and C of a task only.
+
+    Raises:
+        ValueError: no such preset or task.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"--preset: expected one of {sorted(PRESETS)}, got {preset!r}")
+    if task is None:
+        return PRESETS[preset]
+    name = task.removesuffix("-like").removesuffix("-v2")
+    if name not in TASKS:
+        raise ValueError(f"--task: expected one of {sorted(TASKS)}, got {task!r}")
+    values = TASKS[name]._asdict()
+    return replace(PRESETS[preset], **{n: v for n, v in values.items() if preset != "paper" or n in _PAPERS_OWN})

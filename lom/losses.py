@@ -3,6 +3,8 @@
 The mixture's loss (eq. 15) is `BehaviourMixture.negative_log_likelihood`.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,18 @@ def hyper_critic_loss(hyper_q: Tensor, sampled_values: Tensor) -> Tensor:
     return (hyper_q - sampled_values).square().mean()
 
 
+def reduced_value(values: Tensor, reduction: Literal["mean", "min", "first"]) -> Tensor:
+    """What C critics say together: float32[C, ...] -> [...]. The authors' code listens to the first alone."""
+    if reduction == "mean":
+        return values.mean(dim=0)
+    return values.amin(dim=0) if reduction == "min" else values[0]
+
+
+def normalised_advantages(advantages: Tensor) -> Tensor:
+    """A / rms(A) over the whole batch; not centred, so that 0 still means "as good as the baseline"."""
+    return advantages / advantages.square().mean().sqrt().clamp(min=1e-6)
+
+
 def imitation_weights(advantages: Tensor, inverse_temperature: float, max_imitation_weight: float) -> Tensor:
     """min(exp(β A), C): how strongly an action is imitated (eq. 18; β multiplies, as in the authors' code).
 
@@ -46,3 +60,18 @@ def weighted_imitation_loss(policy_actions: Tensor, imitated_actions: Tensor, we
     Shapes: actions float32[B, A], weights float32[B], which carry no gradient.
     """
     return (weights * (policy_actions - imitated_actions).square().mean(dim=-1)).mean()
+
+
+def self_normalised_target(
+    imitated_actions: Tensor, advantages: Tensor, inverse_temperature: float, max_imitation_weight: float
+) -> Tensor:
+    """Σ_j w_j â_j / Σ_j w_j with the weights of eq. 18 over n actions of each state.
+
+    The minimiser of the weighted squared error of one state (eq. 18) over its n actions; every state then counts once,
+    as in E_s |π(s) - E_{π*}[a|s]|². A softmax, so that weights which all vanish still have a mean.
+
+    Shapes: imitated_actions float32[B, n, A], advantages float32[B, n] -> [B, A].
+    """
+    ceiling = torch.log(torch.tensor(max_imitation_weight))
+    shares = torch.softmax(torch.minimum(inverse_temperature * advantages, ceiling), dim=1)
+    return (shares.unsqueeze(-1) * imitated_actions).sum(dim=1)

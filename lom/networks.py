@@ -1,5 +1,6 @@
 """The five function approximators. All take normalised observations and unit actions ([-1, 1])."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 
 LOG_STD_MIN = -5.0
 LOG_STD_MAX = 0.0
-# Shift of the soft clamp's input: a fresh network starts at exp(-0.6) = 0.55, wide enough to see its neighbours.
-_LOG_STD_SHIFT = 2.0
+# A fresh network starts at a std of exp(-0.6) = 0.55, wide enough to see its neighbours.
+_INITIAL_LOG_STD = -5.0 / (1.0 + math.exp(2.0))
 _MEAN_LIMIT = 0.999
 
 
@@ -29,7 +30,7 @@ class Mixture(NamedTuple):
     Attributes:
         log_weights: log of the mixing weights, float32[B, M], normalised.
         means: component means, float32[B, M, A], unit actions.
-        log_stds: float32[B, M, A], inside (LOG_STD_MIN, LOG_STD_MAX).
+        log_stds: float32[B, M, A], inside (the mixture's floor, LOG_STD_MAX).
     """
 
     log_weights: Tensor
@@ -51,8 +52,16 @@ class BehaviourMixture(nn.Module):
     clamp has no dead zone in which a component could drift without a gradient.
     """
 
-    def __init__(self, observation_dim: int, action_dim: int, num_components: int, hidden: Sequence[int]) -> None:
+    def __init__(
+        self,
+        observation_dim: int,
+        action_dim: int,
+        num_components: int,
+        hidden: Sequence[int],
+        log_std_min: float = LOG_STD_MIN,
+    ) -> None:
         super().__init__()
+        self.log_std_min = log_std_min
         self.num_components = num_components
         self.action_dim = action_dim
         self.trunk = nn.Sequential(mlp([observation_dim, *hidden]), nn.ReLU())
@@ -64,11 +73,13 @@ class BehaviourMixture(nn.Module):
         """float32[B, O] -> mixture parameters."""
         features = self.trunk(observations)
         shape = (-1, self.num_components, self.action_dim)
-        span = LOG_STD_MAX - LOG_STD_MIN
+        span = LOG_STD_MAX - self.log_std_min
+        # The clamp's input at which a log-std is _INITIAL_LOG_STD, whatever the span.
+        shift = math.log((_INITIAL_LOG_STD - self.log_std_min) / (LOG_STD_MAX - _INITIAL_LOG_STD))
         return Mixture(
             log_weights=F.log_softmax(self.mixing_logits(features), dim=-1),
             means=torch.tanh(self.raw_means(features)).view(shape),
-            log_stds=(LOG_STD_MIN + span * torch.sigmoid(self.raw_log_stds(features) + _LOG_STD_SHIFT)).view(shape),
+            log_stds=(self.log_std_min + span * torch.sigmoid(self.raw_log_stds(features) + shift)).view(shape),
         )
 
     @torch.no_grad()

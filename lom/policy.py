@@ -28,7 +28,9 @@ class LomPolicy(nn.Module):
         self.min_mixing_weight = config.effective_min_mixing_weight
         self.normaliser = ObservationNormaliser(observation_dim)
         self.action_scaler = ActionScaler(action_low, action_high)
-        self.mixture = BehaviourMixture(observation_dim, action_dim, config.num_components, config.mixture_hidden)
+        self.mixture = BehaviourMixture(
+            observation_dim, action_dim, config.num_components, config.mixture_hidden, config.log_std_min
+        )
         head = HyperCritic if config.hyper_head == "components" else OneHotHyperCritic
         self.hyper_critic = head(observation_dim, config.num_components, config.hidden)
         self.actor = Actor(observation_dim, action_dim, config.hidden)

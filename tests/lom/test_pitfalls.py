@@ -178,7 +178,7 @@ def test_5_the_action_that_is_valued_is_the_action_that_is_imitated(
     for samples in (hyper_samples, actor_samples):
         assert float(samples.abs().max()) == 1.0
         assert float((samples == 1.0).float().mean()) > 0.2
-    assert torch.equal(actor_samples, imitated[0][1])
+    assert torch.equal(actor_samples[:, 0], imitated[0][1])
 
 
 def test_6_the_normaliser_is_fitted_without_noise_and_divides_by_no_zero(timed_out: Transitions) -> None:
