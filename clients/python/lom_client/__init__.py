@@ -23,11 +23,19 @@ from lom_client.errors import (
     ServerUnavailable,
     Superseded,
 )
+from lom_client.flight_recorder import FlightRecorder
 from lom_client.level_rules import Kind, OnWarning
 from lom_client.levels import Flag, Level, Source
 from lom_client.loop_config import LoopConfig
 from lom_client.loop_counters import LoopCounters
-from lom_client.loop_events import BundleChanged, LevelChanged, LoopEvent, LoopStalled, OutOfDistribution
+from lom_client.loop_events import (
+    BundleChanged,
+    LevelChanged,
+    LoopEvent,
+    LoopStalled,
+    OutOfDistribution,
+    RecordingEnded,
+)
 from lom_client.loop_io import PolicyProcess
 from lom_client.pacing import Tick, paced_ticks
 from lom_client.served_policy import ServedPolicy
@@ -45,6 +53,7 @@ __all__ = [
     "DeadlineExceeded",
     "Explanation",
     "Flag",
+    "FlightRecorder",
     "InvalidRequest",
     "Kind",
     "Level",
@@ -63,6 +72,7 @@ __all__ = [
     "PolicyNotFound",
     "PolicyProcess",
     "PolicySpec",
+    "RecordingEnded",
     "Score",
     "ServedPolicy",
     "ServerFault",

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lom_client.client import PolicyClient
 from lom_client.control_loop import ControlLoop
 from lom_client.errors import ContractMismatch
+from lom_client.flight_recorder import FlightRecorder
 from lom_client.levels import Flag, Source
 from lom_client.loop_config import LoopConfig
 from lom_client.observations import GOAL_KEYS, goal_as_vector
@@ -101,6 +102,7 @@ def play_episodes(
     variant: str | None = None,
     deadline_s: float = 1.0,
     on_episode: Callable[[int, float], None] | None = None,
+    recorder: FlightRecorder | None = None,
 ) -> EpisodeReport:
     """Plays `episodes` episodes, one action query a step. A step without an answer ends the evaluation.
 
@@ -118,6 +120,7 @@ def play_episodes(
         variant: as for `PolicyClient.act`.
         deadline_s: for each call, as for `PolicyClient.act`.
         on_episode: told the index and the return of each finished episode.
+        recorder: records every step; the caller's, and not closed here.
 
     Raises:
         ValueError: `episodes` is below 1, `deadline_s` out of range, or a vector environment does not state its
@@ -149,7 +152,8 @@ def play_episodes(
         modes = np.full(envs.num_envs, -1)
         if len(rows):
             asked_at = time.monotonic()
-            answer = client.act(goal_as_vector(observations)[rows], deadline_s=deadline_s, variant=variant)
+            asked = goal_as_vector(observations)[rows]
+            answer = client.act(asked, deadline_s=deadline_s, variant=variant)
             tally.called(time.monotonic() - asked_at, answer.bundle_digest)
             actions[rows] = answer.actions
             if answer.mode is not None:
@@ -158,6 +162,18 @@ def play_episodes(
                 tally.warned(name, int(score.warns.sum()))
         observations, rewards, terminated, truncated, infos = envs.step(actions)
         over = terminated | truncated
+        if recorder is not None and len(rows):
+            recorder.steps(
+                spec,
+                asked,
+                answer,
+                actions=actions[rows],
+                rewards=rewards[rows],
+                terminated=terminated[rows],
+                truncated=truncated[rows],
+                next_observations=_observed_after(observations, infos, over, autoreset)[rows],
+                episodes=episode_of[rows].tolist(),
+            )
         for row in rows:
             tally.stepped(int(episode_of[row]), float(rewards[row]), int(modes[row]), Source.FRESH)
             if over[row]:
@@ -178,6 +194,7 @@ def play_episodes_in_real_time(
     variant: str | None = None,
     deadline_s: float = 1.0,
     on_episode: Callable[[int, float], None] | None = None,
+    recorder: FlightRecorder | None = None,
 ) -> EpisodeReport:
     """Plays `episodes` episodes as a robot would live them: `rate_hz` steps a second through a `ControlLoop`.
 
@@ -194,6 +211,7 @@ def play_episodes_in_real_time(
         variant: as for `PolicyClient.act`.
         deadline_s: for the contract, as for `PolicyClient.get_spec`; an action has 80 % of the period.
         on_episode: as for `play_episodes`.
+        recorder: as for `play_episodes`.
 
     Raises:
         ValueError: `episodes` is below 1, or `rate_hz` or `kinds` not what `LoopConfig` takes.
@@ -211,7 +229,7 @@ def play_episodes_in_real_time(
     )
     for episode in range(episodes):
         observation, _ = env.reset(seed=seed + episode)
-        with ControlLoop(client, config) as loop:
+        with ControlLoop(client, config, recorder=recorder) as loop:
             for tick in loop.ticks():
                 tally.skipped_periods += tick.skipped
                 asked_at = time.monotonic()
@@ -223,10 +241,29 @@ def play_episodes_in_real_time(
                     action.values.astype(env.action_space.dtype)
                 )
                 tally.stepped(episode, float(reward), -1 if action.mode is None else action.mode, action.source)
-                if terminated or truncated:
+                over = bool(terminated or truncated)
+                if recorder is not None:
+                    recorder.outcome(
+                        reward=float(reward),
+                        terminated=bool(terminated),
+                        truncated=bool(truncated),
+                        final_observation=goal_as_vector(observation) if over else None,
+                    )
+                if over:
                     tally.ended(episode, _said(info.get("is_success", info.get("success"))))
                     break
     return tally.report()
+
+
+def _observed_after(
+    observations: Any, infos: dict[str, Any], over: NDArray[np.bool_], autoreset: AutoresetMode
+) -> NDArray[Any]:
+    """What the steps led to; an environment that resets at once says the end of its episode elsewhere."""
+    after = np.array(goal_as_vector(observations))
+    if autoreset is AutoresetMode.SAME_STEP:
+        for row in np.flatnonzero(over):
+            after[row] = goal_as_vector(infos["final_obs"][row])
+    return after
 
 
 class _Tally:

@@ -77,6 +77,7 @@ class FlightRecorder:
             require_h5py()
         self._folder = Path(folder)
         self._finishes = finishes
+        self._sequence = 0
         self._header = b""
         self._rules: LevelRules | None = None
         self._layout: Layout | None = None
@@ -117,7 +118,6 @@ class FlightRecorder:
                 previous_mode,
                 hysteresis_width,
                 time.monotonic_ns(),
-                time.time_ns(),
             ),
             len(observation) + _BYTES_OF_A_STEP,
         )
@@ -159,7 +159,6 @@ class FlightRecorder:
         truncated: Array,
         next_observations: Array,
         episodes: Sequence[int],
-        sequence: int,
     ) -> None:
         """Records one step of B environments.
 
@@ -169,8 +168,8 @@ class FlightRecorder:
             actions: [B, A], what was put out.
             rewards, terminated, truncated: [B].
             episodes: of each row, a number that no other episode has.
-            sequence: grows with every step.
         """
+        self._sequence += 1
         rows = _EpisodeSteps(
             spec,
             np.array(observations, np.float32),
@@ -181,9 +180,8 @@ class FlightRecorder:
             np.array(truncated, np.bool_),
             np.array(next_observations, np.float32),
             tuple(int(episode) for episode in episodes),
-            sequence,
+            self._sequence,
             time.monotonic_ns(),
-            time.time_ns(),
         )
         self._recorder.put(rows, 2 * rows.observations.nbytes + len(rows.episodes) * _BYTES_OF_A_STEP)
 
@@ -234,7 +232,6 @@ class _LoopTick:
     previous_mode: int
     hysteresis_width: float
     monotonic_ns: int
-    wall_ns: int
 
     def steps(self, recorder: FlightRecorder, epoch: int) -> _Steps:
         command = self.command
@@ -258,7 +255,6 @@ class _LoopTick:
             sequence=command.sequence,
             answers=0 if reply is None else reply.sequence,
             monotonic_ns=self.monotonic_ns,
-            wall_ns=self.wall_ns,
             age_s=math.nan if command.age_ns is None else command.age_ns * 1e-9,
         )
         return ((recorder.layout_of(self.observation, self.rules), step),)
@@ -302,7 +298,6 @@ class _EpisodeSteps:
     episodes: tuple[int, ...]
     sequence: int
     monotonic_ns: int
-    wall_ns: int
 
     def steps(self, recorder: FlightRecorder, epoch: int) -> _Steps:
         answer, spec = self.answer, self.spec
@@ -343,7 +338,6 @@ class _EpisodeSteps:
                     sequence=self.sequence,
                     answers=self.sequence,
                     monotonic_ns=self.monotonic_ns,
-                    wall_ns=self.wall_ns,
                     age_s=answer.timings.round_trip_s,
                 ),
             )

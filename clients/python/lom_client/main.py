@@ -5,7 +5,8 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points
@@ -14,9 +15,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from lom_api.recording import MissingH5pyError
 from lom_client.client import PolicyClient
 from lom_client.config import ClientConfig
 from lom_client.errors import PolicyError
+from lom_client.flight_recorder import FlightRecorder
 from lom_client.levels import Source
 
 if TYPE_CHECKING:
@@ -66,6 +69,10 @@ class ActConfig:
     """Film the first episode into this .gif or .mp4."""
     plot: Path | None = None
     """Draw returns, latencies and the first episode's modes into this .png."""
+    record: Path | None = None
+    """Record all steps into this folder, as a Minari dataset; `lom-act replay FOLDER` compares it with any server."""
+    record_max_mb: float = 1024.0
+    """MiB that all recordings in that folder may take, above 0."""
     stream: bool = False
     """Ask over one stream instead of a call for each action: quicker."""
     tls_ca: Path | None = None
@@ -97,6 +104,8 @@ class ActConfig:
                 raise ValueError(f"{option}: folder {path.parent} does not exist")
             if path is not None and path.is_dir():
                 raise ValueError(f"{option}: {path} is a folder")
+        if not 0 < self.record_max_mb < float("inf"):
+            raise ValueError(f"--record-max-mb must be above 0, got {self.record_max_mb}")
         if self.plot is not None and self.plot.suffix != ".png":
             raise ValueError(f"--plot: expected a name that ends in .png, got {self.plot.name!r}")
 
@@ -106,7 +115,15 @@ class _UsageError(Exception):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the program; the exit code is 0, 1 when the run failed, 2 when it was asked for something impossible."""
+    """Runs the program; the exit code is 0, 1 when the run failed, 2 when it was asked for something impossible.
+
+    `lom-act replay` is a program of its own, `lom_client.replay_main`.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if list(arguments[:1]) == ["replay"]:
+        from lom_client.replay_main import main as replay
+
+        return replay(arguments[1:])
     try:
         config = _parse(arguments)
         report = _play(config)
@@ -118,6 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from lom_client.episode_plot import draw_report
 
             _write_atomically(config.plot, draw_report(report, _title(config, report)))
+    except MissingH5pyError as error:
+        return _complain(f"--record: {error}", _WRONG_USE)
     except ImportError as error:
         if (error.name or "").startswith("matplotlib"):
             return _complain("--plot needs matplotlib: pip install matplotlib", _WRONG_USE)
@@ -127,7 +146,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PolicyError as error:
         return _complain(str(error), _FAILED)
     except OSError as error:
-        return _complain(f"cannot write the report: {error}", _FAILED)
+        return _complain(f"cannot write: {error}", _FAILED)
     except KeyboardInterrupt:
         return _complain("interrupted", _INTERRUPTED)
     return 0
@@ -195,7 +214,10 @@ def _play(config: ActConfig) -> "EpisodeReport":
             env = _make_envs(config)
             terminal = Console(stderr=True)
             try:
-                with Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
+                with (
+                    _recorder(config) as recorder,
+                    Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress,
+                ):
                     bar = progress.add_task(config.env, total=config.episodes)
                     play: Any = play_episodes
                     if config.rate_hz is not None:
@@ -208,12 +230,26 @@ def _play(config: ActConfig) -> "EpisodeReport":
                         variant=config.variant,
                         deadline_s=config.deadline_s,
                         on_episode=lambda *_: progress.advance(bar),
+                        recorder=recorder,
                     )
                     return report
             finally:
                 env.close()
     except FilmError as error:
         raise _UsageError(f"--video: {error}") from None
+
+
+@contextmanager
+def _recorder(config: ActConfig) -> "Iterator[FlightRecorder | None]":
+    """What records the run, where that is asked for; says at its end what is missing."""
+    if config.record is None:
+        yield None
+        return
+    with FlightRecorder(config.record, max_mb=config.record_max_mb) as recorder:
+        yield recorder
+    if recorder.dropped:
+        why = recorder.failure or "the disk was too slow"
+        print(f"lom-act: --record: {recorder.dropped} steps are not in the recording: {why}", file=sys.stderr)
 
 
 def _require_served(config: ActConfig, spec: "PolicySpec") -> None:

@@ -296,7 +296,7 @@ class _Dataset:
             closing["policy_action"], closing["margin"], closing["age_s"] = np.nan, np.nan, np.nan
             for name in ("mode", "forced_mode", "previous_mode"):
                 closing[name] = -1
-            for name in ("stream", "row", "sequence", "monotonic_ns", "wall_ns"):
+            for name in ("stream", "row", "sequence", "monotonic_ns"):
                 closing[name] = waiting[name][-1]
             steps, observed = waiting, np.concatenate([waiting, closing])
         if not episode.written and not len(steps):
@@ -345,8 +345,9 @@ class _Dataset:
         for name in _PLAIN_INFOS:
             yield name, rows[name]
         yield "policy_action", rows["policy_action"]
-        yield "monotonic_s", (rows["monotonic_ns"] - self._facts.monotonic_ns) * 1e-9
-        yield "wall_time_s", rows["wall_ns"] * 1e-9
+        offset_s = (rows["monotonic_ns"] - self._facts.monotonic_ns) * 1e-9
+        yield "monotonic_s", offset_s
+        yield "wall_time_s", self._facts.wall_ns * 1e-9 + offset_s
         for name in TEXT_FIELDS:
             numbers, places = np.unique(rows[name], return_inverse=True)
             texts = [self._texts.get(int(number), "").encode() for number in numbers]

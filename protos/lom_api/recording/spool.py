@@ -70,7 +70,6 @@ _FIELDS = (
     ("answers", "Q", "<u8"),
     ("sampling_seed", "Q", "<u8"),
     ("monotonic_ns", "q", "<i8"),
-    ("wall_ns", "q", "<i8"),
     ("age_s", "d", "<f8"),
     ("reward", "d", "<f8"),
 )
@@ -186,7 +185,6 @@ class Step:
     answers: int = 0
     sampling_seed: int = 0
     monotonic_ns: int = 0
-    wall_ns: int = 0
     age_s: float = float("nan")
     reward: float = float("nan")
 
@@ -286,7 +284,6 @@ class SpoolWriter:
             step.answers,
             step.sampling_seed,
             step.monotonic_ns,
-            step.wall_ns,
             step.age_s,
             step.reward,
         )
