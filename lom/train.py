@@ -18,7 +18,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from lom import run as runs
-from lom.config import PRESETS, TrainConfig
+from lom.config import PRESETS, TrainConfig, preset_config
 from lom.dataset import DatasetError, Transitions, load_transitions
 from lom.dataset_card import DatasetCard
 from lom.dataset_files import find_dataset
@@ -46,7 +46,9 @@ class TrainArguments:
     """Parts of dict observations in the order in which they make up the vector. Without it: observation and
     desired_goal of a goal environment, else all parts in alphabetical order."""
     preset: str = "standard"
-    """Hyper-parameters to start from; every flag below overrides it."""
+    """Hyper-parameters to start from: standard, locomotion_cpu, small, paper or faithful; flags below override it."""
+    task: str | None = None
+    """One of the 15 published tasks, as hopper-medium-replay: lays its hyper-parameters over the preset's."""
     resume: bool = False
     """Go on with the run in --out."""
     strict: bool = False
@@ -72,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments_given = list(sys.argv[1:] if argv is None else argv)
     console = Console(stderr=True, highlight=False)
     try:
-        preset = PRESETS[_preset_name(arguments_given)]
+        preset = preset_config(_given(arguments_given, "--preset") or "standard", _given(arguments_given, "--task"))
         arguments = tyro.cli(
             TrainArguments,
             prog="lom-train",
@@ -88,17 +90,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(130) from None
 
 
-def _preset_name(arguments: list[str]) -> str:
-    """The preset decides the other flags' defaults, so it must be known before they are parsed."""
-    name = "standard"
+def _given(arguments: list[str], flag: str) -> str | None:
+    """Preset and task decide the other flags' defaults, so they must be known before those are parsed."""
+    value = None
     for position, argument in enumerate(arguments):
-        if argument == "--preset" and position + 1 < len(arguments):
-            name = arguments[position + 1]
-        elif argument.startswith("--preset="):
-            name = argument.removeprefix("--preset=")
-    if name not in PRESETS:
-        raise ValueError(f"--preset: expected one of {sorted(PRESETS)}, got {name!r}")
-    return name
+        if argument == flag and position + 1 < len(arguments):
+            value = arguments[position + 1]
+        elif argument.startswith(f"{flag}="):
+            value = argument.removeprefix(f"{flag}=")
+    return value
 
 
 def train(arguments: TrainArguments, console: Console) -> None:
@@ -125,7 +125,8 @@ def train(arguments: TrainArguments, console: Console) -> None:
     if arguments.resume:
         if runs.open_run(folder) != spec:
             raise runs.RunError(f"--resume {folder}: expected the data, environment and settings that it began with")
-        learner.restore(runs.load_checkpoint(folder)[0])
+        if (folder / runs.CHECKPOINT_FILE).is_file():  # else it was killed before the first one, and begins again
+            learner.restore(runs.load_checkpoint(folder)[0])
         if learner.policy_steps_done == config.steps and (folder / runs.SUMMARY_FILE).is_file():
             console.print(f"{folder}: training and evaluation are finished already", markup=False, soft_wrap=True)
             return
