@@ -17,6 +17,8 @@ The rules, each proved by a test of the same number in `tests/server/test_batche
 8. Clients take turns. The client whose turn it is chooses the lane, by its oldest entry; the batch is filled with the
    rows of whoever has fewest in it. In a full queue everyone is entitled to an equal share, and whoever asks for no
    more gets it from the newest entries of the client that holds most.
+9. No queue stands. Where it has not been empty for a tenth of a second, more is asked than can be answered, and waiting
+   makes no answer more, only older: no more may wait then than two runs of each lane.
 
 Knows neither transport nor runtime: an `Engine` is anything that turns rows into rows.
 """
@@ -44,6 +46,8 @@ Rows: TypeAlias = Mapping[str, Array]
 INLINE_LIMIT_NS = 500_000
 
 _NEVER_NS = 2**63
+_STANDING_NS = 100_000_000
+_RUNS_THAT_MAY_WAIT = 2
 
 
 class Priority(IntEnum):
@@ -270,6 +274,7 @@ class MicroBatcher:
         self._waiting = {priority: _Waiting() for priority in Priority}
         # No entry that waits has an earlier deadline: until then nobody need look for those that have expired.
         self._earliest_deadline_ns = _NEVER_NS
+        self._last_empty_ns = clock_ns()
         self._engine_is_busy = False
         self._engine_free_ns = 0
         self._turn_is_scheduled = False
@@ -311,9 +316,11 @@ class MicroBatcher:
             raise PolicyError(Reason.BATCH_TOO_LARGE, f"expected at most {self._max_batch_rows} rows, got {count}")
         if deadline_ns <= now_ns:
             raise PolicyError(Reason.DEADLINE_EXCEEDED, "the deadline was over on arrival")
-        self._check_room(client, priority, count)
+        if not self._waiting[Priority.LIVE].rows:
+            self._last_empty_ns = now_ns
+        self._check_room(client, priority, count, now_ns)
         self._check_time(lane, client, priority, count, deadline_ns, now_ns)
-        self._make_room(priority, count)
+        self._make_room(priority, count, now_ns)
         entry = _Entry(
             lane=lane,
             rows=rows,
@@ -343,24 +350,27 @@ class MicroBatcher:
                 self._dismiss(entry, _closed())
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _room(self, priority: Priority) -> int:
+    def _room(self, priority: Priority, now_ns: int) -> int:
         """Rows that may wait at `priority`."""
+        live = self._waiting[Priority.LIVE]
         if priority is Priority.LIVE:
-            return self._max_queue_rows
-        return min(self._max_queue_rows // 2, self._max_queue_rows - self._waiting[Priority.LIVE].rows)
+            if now_ns - self._last_empty_ns <= _STANDING_NS:
+                return self._max_queue_rows
+            return min(self._max_queue_rows, _RUNS_THAT_MAY_WAIT * self._max_batch_rows * len(live.lanes))
+        return min(self._max_queue_rows // 2, self._max_queue_rows - live.rows)
 
-    def _check_room(self, client: str, priority: Priority, count: int) -> None:
-        waiting, room = self._waiting[priority], self._room(priority)
+    def _check_room(self, client: str, priority: Priority, count: int, now_ns: int) -> None:
+        waiting, room = self._waiting[priority], self._room(priority, now_ns)
         if waiting.rows + count <= room:
             return
         clients = len(waiting.clients) + (client not in waiting.clients)
         if waiting.held_by(client) + count > room // clients:
             raise self._queue_full(f"expected at most {room} waiting rows, got {count} more than {waiting.rows}")
 
-    def _make_room(self, priority: Priority, count: int) -> None:
+    def _make_room(self, priority: Priority, count: int, now_ns: int) -> None:
         """Dismisses what is in the way of an entry that `_check_room` let pass."""
         waiting, shadow = self._waiting[priority], self._waiting[Priority.BATCH]
-        while waiting.rows + count > self._room(priority) or self.waiting_rows + count > self._max_queue_rows:
+        while waiting.rows + count > self._room(priority, now_ns) or self.waiting_rows + count > self._max_queue_rows:
             newest = (shadow if shadow.rows else waiting).newest_of_largest()
             self._dismiss(newest, self._queue_full("its place in the queue went to a caller with a better claim"))
 
@@ -462,6 +472,8 @@ class MicroBatcher:
                 entries = self._chosen(waiting, lane, now_ns)
                 if entries:
                     waiting.take(entries)
+                    if not self._waiting[Priority.LIVE].rows:
+                        self._last_empty_ns = now_ns
                     return _Batch(lane=lane, entries=entries, count=_rows_of(entries), formed_ns=now_ns)
         return None
 

@@ -15,6 +15,7 @@ import pytest
 from numpy.typing import NDArray
 
 from lom_api.reasons import Reason
+from lom_server import batcher as batcher_module
 from lom_server.batcher import INLINE_LIMIT_NS, Answer, Lane, MicroBatcher, Priority, Rows, rows_worth_inlining
 from lom_server.costs import RunCost
 from lom_server.errors import PolicyError
@@ -1014,12 +1015,50 @@ def test_overload_leaves_the_goodput(
     server.run(work)
 
 
-def test_overload_without_admission_by_deadline_leaves_next_to_nothing() -> None:
+def test_overload_without_admission_leaves_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batcher_module, "_STANDING_NS", 2**63)
     server = SimulatedServer(max_batch_rows=8, run_ms=6, row_ms=0.5, has_admission=False)
 
     async def work() -> None:
         overloaded = await server.offer(7600, seconds=2)
         assert overloaded.outcomes["answered"] < 0.2 * 760 * 2
+
+    server.run(work)
+
+
+def test_no_queue_stands() -> None:
+    server = SimulatedServer(max_batch_rows=1, run_ms=10, row_ms=0)
+
+    async def work() -> None:
+        overloaded = await server.offer(200, seconds=3, deadline_ms=1000)
+        assert overloaded.outcomes["answered"] > 0.95 * 95 * 3
+        # Two that wait, one that runs; without the rule, 1000 ms.
+        assert max(overloaded.answered_ms[-200:]) <= 1.1 * 3 * 10
+        assert overloaded.outcomes[Reason.QUEUE_FULL] > 0.9 * (200 - 100) * 3
+
+    server.run(work)
+
+
+def test_who_has_less_time_than_others_gets_a_turn_too() -> None:
+    server = SimulatedServer(max_batch_rows=1, run_ms=10, row_ms=0)
+
+    async def work() -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(server.offer(1000, seconds=4, deadline_ms=50))
+            hurried = group.create_task(server.offer(50, seconds=4, deadline_ms=35, clients=("hurried",)))
+        assert hurried.result().outcomes["answered"] >= 4  # none at all, where others may let the queue stand
+
+    server.run(work)
+
+
+def test_bursts_may_queue() -> None:
+    server = SimulatedServer(max_batch_rows=1, run_ms=10, row_ms=0)
+
+    async def work() -> None:
+        for _ in range(5):
+            burst = await server.offer(10_000, seconds=0.0009, deadline_ms=120)
+            assert burst.outcomes == {"answered": 9}
+            await asyncio.sleep(0.1)
 
     server.run(work)
 

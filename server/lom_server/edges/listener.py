@@ -40,9 +40,9 @@ Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 # What is left open when the last accepted request has its reply: health watchers, and bytes on their way out.
 _FLUSH_S = 0.25
 _FOREVER_NS = 2**63 - 1
-# What is kept of a request's time for the way back of its answer: a fifth, but no more than this.
-_WAY_BACK_SHARE = 5
-_WAY_BACK_NS = 10_000_000
+# What is kept of a request's time for the way back of its answer: a tenth, but no more than this.
+_WAY_BACK_SHARE = 10
+_WAY_BACK_NS = 5_000_000
 
 
 def _nothing() -> None:

@@ -191,7 +191,7 @@ async def test_deadlines_are_clamped_and_say_so(timeout_s: float | None, granted
         asked_ns = echo.calls[0].admit(10**6) - time.monotonic_ns()
         assert asked_ns <= 10**6  # a budget shortens the deadline
         # ... and never lengthens it; some of it is kept for the way back.
-        assert echo.calls[0].deadline_ns - 10**7 <= echo.calls[0].admit(10**15) < echo.calls[0].deadline_ns
+        assert echo.calls[0].deadline_ns - 5 * 10**6 <= echo.calls[0].admit(10**15) < echo.calls[0].deadline_ns
 
 
 async def test_a_clamped_deadline_frees_the_slot() -> None:
@@ -961,7 +961,7 @@ async def test_reflection_describes_the_services_of_every_pool() -> None:
     await listener.drain(0)
 
 
-@pytest.mark.parametrize(("left_ms", "kept_ms"), [(1000, 10), (50, 10), (20, 4), (1, 0.2)])
+@pytest.mark.parametrize(("left_ms", "kept_ms"), [(1000, 5), (50, 5), (20, 2), (1, 0.1)])
 def test_the_way_back_is_part_of_a_requests_time(left_ms: int, kept_ms: float) -> None:
     before_ns = time.monotonic_ns()
     useless_ns = Call(deadline_ns=before_ns + 10**12, client="robot").admit(left_ms * 10**6)
