@@ -10,6 +10,7 @@ RUN/
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -159,12 +160,17 @@ def create_run(folder: Path, spec: RunSpec, card: DatasetCard | None = None) -> 
     """
     if folder.exists():
         raise RunError(f"--out {folder}: expected a new folder, it is there already; --resume goes on with it")
+    # Made beside and renamed, so that a kill at any moment leaves a run that can be resumed, or none.
+    partial = folder.with_name(f".{folder.name}.partial")
     try:
-        folder.mkdir(parents=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         if card is not None:
-            _write_atomically(folder / CARD_FILE, card.to_json().encode())
-        _write_atomically(folder / RUN_FILE, spec.to_json().encode())
+            (partial / CARD_FILE).write_text(card.to_json())
+        (partial / RUN_FILE).write_text(spec.to_json())
+        os.replace(partial, folder)
     except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
         raise RunError(f"--out {folder}: cannot be written: {error.strerror}") from error
 
 

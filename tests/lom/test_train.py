@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -48,35 +49,80 @@ def test_datasets_may_be_given_both_ways(dataset: Path, tmp_path: Path) -> None:
     assert trained.summary["evaluation"] == {}
 
 
-def test_a_killed_run_resumes_to_the_same_result(dataset: Path, tmp_path: Path) -> None:
-    command = [
-        str(dataset),
-        "--preset",
-        "small",
-        "--mixture-steps",
-        "300",
-        "--steps",
-        "2000",
-        "--checkpoint-every",
-        "50",
-    ]
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    train.main([*command, "--out", str(whole)])
-    program = [sys.executable, "-m", "lom.train", *command, "--out", str(stopped)]
-    process = subprocess.Popen(program, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not (stopped / "checkpoint.safetensors").exists():
+STEPS = [100, 900]
+
+
+@pytest.fixture(scope="module")
+def settings(dataset: Path) -> list[str]:
+    """A run long enough to be stopped, with a checkpoint every 50 steps."""
+    steps = ["--mixture-steps", str(STEPS[0]), "--steps", str(STEPS[1]), "--checkpoint-every", "50"]
+    return [str(dataset), "--preset", "small", *steps]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """Everything in the last checkpoint of that run when nothing stops it."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    train.main([*settings, "--out", str(out)])
+    return load_checkpoint(out)[0]
+
+
+def start(settings: list[str], out: Path, *more: str) -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "lom.train", *settings, "--out", str(out), *more], stderr=subprocess.PIPE
+    )
+
+
+def wait_for_step(out: Path, step: int) -> None:
+    """Until a checkpoint says that so many steps of both stages were done, or the run was begun where it is 0."""
+    deadline = time.monotonic() + 100
+    while not (out / "run.json").exists() if step == 0 else steps_done(out) < step:
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.01)
+
+
+def steps_done(out: Path) -> int:
+    return int(load_checkpoint(out)[0]["steps_done"].sum()) if (out / "checkpoint.safetensors").exists() else 0
+
+
+def assert_same_tensors(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, got[name]), name
+
+
+def test_a_terminated_run_saves_the_step_in_hand_and_resumes_to_the_same_result(
+    settings: list[str], uninterrupted: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = start(settings, out)
+    wait_for_step(out, 50)
     os.kill(process.pid, signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert b"--resume goes on" in stderr
-    assert load_checkpoint(stopped)[0]["steps_done"].tolist() != [300, 2000]
-    train.main([*command, "--out", str(stopped), "--resume"])
-    expected, got = load_checkpoint(whole)[0], load_checkpoint(stopped)[0]
-    for name, tensor in expected.items():
-        assert torch.equal(tensor, got[name]), name
+    assert steps_done(out) < sum(STEPS)
+    train.main([*settings, "--out", str(out), "--resume"])
+    assert_same_tensors(load_checkpoint(out)[0], uninterrupted)
+
+
+def test_a_run_killed_at_random_steps_resumes_to_the_same_result(
+    settings: list[str], uninterrupted: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    out, rng = tmp_path / "run", random.Random()
+    middle = rng.randrange(1, sum(STEPS) - 400)
+    for resume, step in (([], 0), (["--resume"], middle)):
+        process = start(settings, out, *resume)
+        wait_for_step(out, step)
+        time.sleep(rng.uniform(0, 0.05))  # in the middle of a step, or of a save
+        process.kill()
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL, stderr
+    assert middle <= steps_done(out) < sum(STEPS)
+    train.main([*settings, "--out", str(out), "--resume"])
+    assert_same_tensors(load_checkpoint(out)[0], uninterrupted)
+    assert (out / "summary.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_resuming_with_other_settings_is_refused(
@@ -108,7 +154,7 @@ def test_resuming_what_is_finished_changes_nothing(
         (["--env", "lom/Fork-v0"], "expected at least one dataset file"),
         (["DATA", "--env", "Hopper-v4"], "expected shape"),
         (["DATA", "--env", "lom/Spoon-v0"], "lom/Spoon-v0"),
-        (["DATA", "--preset", "huge"], "--preset: expected one of ['locomotion_cpu', 'small', 'standard'], got 'huge'"),
+        (["DATA", "--preset", "huge"], "--preset: expected one of ["),
         (["DATA", "--steps", "0"], "steps: expected 1 or more, got 0"),
         (["DATA", "--eval-episodes", "0"], "--eval-episodes: expected 1 or more, got 0"),
         (["DATA", "--discount", "nan"], "discount: expected 0 to 1, got nan"),
