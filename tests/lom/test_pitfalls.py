@@ -50,7 +50,7 @@ def timed_out(tmp_path_factory: pytest.TempPathFactory) -> Transitions:
         "timeouts": last & (np.arange(rows) != rows - 1),
     }
     path = tmp_path_factory.mktemp("data") / "timed_out.npz"
-    np.savez(path, **arrays)  # type: ignore[arg-type]
+    np.savez(path, **arrays)
     return load_transitions([path])
 
 

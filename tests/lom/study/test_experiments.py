@@ -1,7 +1,5 @@
 """The first three experiments, small: each stage finds the answer that is known."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -13,15 +11,6 @@ from lom.study.experiments import (
     learn_double_circle,
     select_in_linear_quadratic,
 )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As `lom-train --preset small` does: two threads are slower on nets of 64 units."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(

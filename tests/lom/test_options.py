@@ -1,0 +1,345 @@
+"""Every option of training, by hand-worked numbers through the learner; defaults are in the other tests."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lom import losses
+from lom.config import PRESETS, TASKS, TrainConfig, preset_config
+from lom.learner import Learner
+from lom.networks import LOG_STD_MAX, BehaviourMixture, Mixture
+from lom.study.experiments import improve_on_mode, transitions_of
+
+# One state and its successor; the value of an action is the action times `slope`, see `linear_critic`.
+TINY = replace(
+    PRESETS["small"],
+    mixture_steps=1,
+    steps=10,
+    hidden=(4,),
+    mixture_hidden=(4,),
+    num_components=2,
+    batch=8,
+    hyper_batch=8,
+    target_noise_std=0.0,
+    mixture_decay_share=0.0,
+)
+MODES = (-0.5, 0.25)
+
+
+def learner_of(config: TrainConfig) -> Learner:
+    """Two modes of nearly no spread; hyper-Q prefers the second; Q(s, a) = 2a in every critic."""
+    rows = 6
+    zeros = np.zeros((rows, 1))
+    data = transitions_of(zeros, zeros + 0.1, np.ones(rows), zeros, zeros + 0.1)
+    learner = Learner(data, config, -torch.ones(1), torch.ones(1))
+    learner.mixture_steps_done = config.mixture_steps
+    mixture = learner.policy.mixture
+    with torch.no_grad():
+        for head in (mixture.mixing_logits, mixture.raw_means, mixture.raw_log_stds):
+            head.weight.zero_()
+        mixture.mixing_logits.bias.zero_()
+        mixture.raw_means.bias.copy_(torch.atanh(torch.tensor(MODES)))
+        mixture.raw_log_stds.bias.fill_(-20.0)
+    for network in (learner.critic, learner.target_critic):
+        for member in network.members:
+            linear_critic(member, 2.0)
+    set_output(learner.hyper_critic, [0.0, 1.0])
+    set_output(learner.actor, [math.atanh(0.125)])
+    return learner
+
+
+def linear_critic(member: nn.Module, slope: float) -> None:
+    """Q(s, a) = slope · a, as relu(a) - relu(-a)."""
+    first, last = (module for module in member.modules() if isinstance(module, nn.Linear))
+    with torch.no_grad():
+        for parameter in member.parameters():
+            parameter.zero_()
+        first.weight[0, 1], first.weight[1, 1] = 1.0, -1.0
+        last.weight[0, 0], last.weight[0, 1] = slope, -slope
+
+
+def set_output(network: nn.Module, values: list[float]) -> None:
+    last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
+    with torch.no_grad():
+        last.weight.zero_()
+        last.bias.copy_(torch.tensor(values))
+
+
+def calls_of(monkeypatch: pytest.MonkeyPatch, name: str) -> list[tuple[Any, ...]]:
+    recorded: list[tuple[Any, ...]] = []
+    original: Callable[..., Tensor] = getattr(losses, name)
+
+    def recording(*arguments: Any) -> Tensor:
+        recorded.append(tuple(a.clone() if isinstance(a, Tensor) else a for a in arguments))
+        return original(*arguments)
+
+    monkeypatch.setattr(losses, name, recording)
+    return recorded
+
+
+def step(learner: Learner) -> None:
+    next(learner.remaining())
+
+
+# ---------------------------------------------------------------- losses
+
+
+def test_three_ways_to_hear_three_critics() -> None:
+    values = torch.tensor([[1.0, 6.0], [4.0, 2.0], [1.0, 1.0]])
+    assert losses.reduced_value(values, "mean").tolist() == [2.0, 3.0]
+    assert losses.reduced_value(values, "min").tolist() == [1.0, 1.0]
+    assert losses.reduced_value(values, "first").tolist() == [1.0, 6.0]
+
+
+def test_normalised_advantages_have_root_mean_square_one_and_keep_their_zero() -> None:
+    advantages = torch.tensor([[3.0, 0.0], [-4.0, 5.0]])
+    torch.testing.assert_close(losses.normalised_advantages(advantages), advantages / math.sqrt(12.5))
+    assert losses.normalised_advantages(torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_the_self_normalised_target_by_hand() -> None:
+    """Weights 1, 2 and min(e^9, 3) = 3 on the actions 0, 0.3 and 0.6: (0.6 + 1.8) / 6."""
+    actions = torch.tensor([[[0.0], [0.3], [0.6]]])
+    advantages = torch.tensor([[0.0, math.log(2.0) / 3, 3.0]])
+    target = losses.self_normalised_target(actions, advantages, 3.0, 3.0)
+    assert target.item() == pytest.approx(0.4)
+
+
+def test_weights_that_all_vanish_still_have_a_mean() -> None:
+    target = losses.self_normalised_target(torch.tensor([[[0.2], [0.8]]]), torch.tensor([[-1e4, -1e4]]), 5.0, 50.0)
+    assert target.item() == pytest.approx(0.5)
+
+
+def test_the_self_normalised_target_is_the_optimum_of_the_weighted_loss_of_one_state() -> None:
+    generator = torch.Generator().manual_seed(0)
+    actions, advantages = torch.randn(1, 16, 2, generator=generator), torch.randn(1, 16, generator=generator)
+    target = losses.self_normalised_target(actions, advantages, 2.0, 4.0).requires_grad_()
+    weights = losses.imitation_weights(advantages, 2.0, 4.0)
+    loss = losses.weighted_imitation_loss(target.expand(16, 2), actions[0], weights[0])
+    assert torch.autograd.grad(loss, target)[0].abs().max().item() < 1e-6
+
+
+# ---------------------------------------------------------------- the actor's target
+
+
+@pytest.mark.parametrize(
+    ("baseline", "advantage"),
+    [
+        ("mode_mean", 0.0),  # Q(0.25) - Q(0.25)
+        ("policy", 2 * 0.25 - 2 * 0.125),  # the actor acts 0.125
+        ("hyper", 0.0),
+    ],
+)
+def test_what_an_action_is_compared_with(monkeypatch: pytest.MonkeyPatch, baseline: Any, advantage: float) -> None:
+    learner = learner_of(replace(TINY, advantage_baseline=baseline, critic_learning_rate=1e-9))
+    if baseline == "hyper":
+        linear_critic(learner.greedy_critic.members[0], 7.0)
+    weights = calls_of(monkeypatch, "imitation_weights")
+    step(learner)
+    # The floor of the spread, exp(-5) = 0.0067, is what is left of randomness: times the slope, at 5 sigma.
+    assert weights[0][0].numpy() == pytest.approx(advantage, abs=0.25)
+    assert float(weights[0][0].mean()) == pytest.approx(advantage, abs=0.1)
+
+
+def test_hyper_values_come_from_critics_that_bootstrap_with_the_chosen_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The data acts 0.1 at s', the chosen mode 0.25: the behaviour's target is 1 + γ·2·0.1, the other 1 + γ·4·0.25."""
+    learner = learner_of(replace(TINY, advantage_baseline="hyper", discount=0.5, num_critics=2))
+    for member, slope in zip(learner.target_greedy_critic.members, (4.0, 5.0), strict=True):
+        linear_critic(member, slope)
+    recorded = calls_of(monkeypatch, "critic_loss")
+    step(learner)
+    (_, behaviour), (_, greedy) = recorded
+    assert behaviour.numpy() == pytest.approx(1 + 0.5 * 2 * 0.1, abs=1e-5)
+    assert greedy.numpy() == pytest.approx(1 + 0.5 * 4 * 0.25, abs=0.08)  # the smaller of both critics
+
+
+def test_hyper_advantages_are_the_greedy_critics(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = learner_of(replace(TINY, advantage_baseline="hyper", imitation_noise_std=0.2, critic_learning_rate=1e-9))
+    linear_critic(learner.greedy_critic.members[0], -3.0)  # the behaviour's critic says +2
+    weights, imitated = calls_of(monkeypatch, "imitation_weights"), calls_of(monkeypatch, "weighted_imitation_loss")
+    step(learner)
+    assert weights[0][0][:, 0].numpy() == pytest.approx(-3.0 * (imitated[0][1][:, 0].numpy() - 0.25), abs=1e-4)
+
+
+def test_several_samples_share_one_self_normalised_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = learner_of(replace(TINY, imitation_samples=16, imitation_noise_std=0.1, critic_learning_rate=1e-9))
+    seen, imitated = calls_of(monkeypatch, "self_normalised_target"), calls_of(monkeypatch, "weighted_imitation_loss")
+    step(learner)
+    samples, advantages, *_ = seen[0]
+    _, target, row_weights = imitated[0]
+    assert samples.shape == (8, 16, 1)
+    assert advantages.numpy() == pytest.approx(2 * (samples[:, :, 0].numpy() - 0.25), abs=1e-4)
+    weights = np.exp(5 * advantages.numpy())
+    expected = (weights * samples[:, :, 0].numpy()).sum(axis=1) / weights.sum(axis=1)
+    assert target[:, 0].numpy() == pytest.approx(expected, abs=1e-5)
+    assert row_weights.tolist() == [1.0] * 8
+
+
+def test_many_samples_reach_the_closed_form_too() -> None:
+    config = replace(
+        PRESETS["small"], mixture_steps=400, steps=800, num_components=4, imitation_samples=8, averaging_steps=200
+    )
+    result = improve_on_mode(config=config)
+    assert result.actor_action == pytest.approx(result.tilted_mean, abs=0.03)
+
+
+def test_normalised_advantages_reach_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = learner_of(replace(TINY, normalise_advantages=True, imitation_noise_std=0.2))
+    weights = calls_of(monkeypatch, "imitation_weights")
+    step(learner)
+    assert float(weights[0][0].square().mean()) == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize(("reduction", "expected"), [("mean", 2.5), ("min", 1.0), ("first", 4.0)])
+def test_what_several_critics_say_to_hyper_q(monkeypatch: pytest.MonkeyPatch, reduction: Any, expected: float) -> None:
+    learner = learner_of(replace(TINY, num_critics=2, critic_reduction=reduction, critic_learning_rate=1e-9))
+    for member, value in zip(learner.critic.members, (4.0, 1.0), strict=True):
+        set_output(member, [value])
+    hyper = calls_of(monkeypatch, "hyper_critic_loss")
+    step(learner)
+    assert hyper[0][1].numpy() == pytest.approx(expected, abs=1e-5)
+
+
+def test_target_noise_is_clipped_at_half_and_stays_in_the_action_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Q = 2a, a' = 0.1: targets are 1 + 2(0.1 ± at most 0.5), and both bounds are reached at std 50."""
+    learner = learner_of(replace(TINY, target_noise_std=50.0, discount=1.0, batch=256))
+    targets = calls_of(monkeypatch, "critic_loss")
+    step(learner)
+    assert targets[0][1].min().item() == pytest.approx(1 + 2 * -0.4, abs=1e-5)
+    assert targets[0][1].max().item() == pytest.approx(1 + 2 * 0.6, abs=1e-5)
+
+
+# ---------------------------------------------------------------- the mixture
+
+
+@pytest.mark.parametrize("floor", [-5.0, -15.0])
+def test_the_floor_of_the_spread_moves_and_the_start_does_not(floor: float) -> None:
+    mixture = BehaviourMixture(1, 1, 2, (4,), floor)
+    for raw, log_std in ((-30.0, floor), (0.0, -0.596), (30.0, LOG_STD_MAX)):
+        with torch.no_grad():
+            mixture.raw_log_stds.weight.zero_()
+            mixture.raw_log_stds.bias.fill_(raw)
+            parameters: Mixture = mixture(torch.zeros(1, 1))
+        assert parameters.log_stds[0, 0, 0].item() == pytest.approx(log_std, abs=1e-3)
+
+
+def test_initial_means_of_the_network_ignore_the_data() -> None:
+    rows = 200
+    actions = np.where(np.arange(rows) % 2 == 0, 0.9, -0.9)[:, None]
+    data = transitions_of(np.zeros((rows, 1)), actions, np.zeros(rows))
+    spread = {}
+    for initial_means in ("data", "network"):
+        config = replace(TINY, initial_means=initial_means)
+        learner = Learner(data, config, -torch.ones(1), torch.ones(1))
+        with torch.no_grad():
+            spread[initial_means] = learner.policy.mixture(torch.zeros(1, 1)).means.abs().min().item()
+    assert spread["data"] > 0.7
+    assert spread["network"] < 0.6
+
+
+# ---------------------------------------------------------------- schedules and averages
+
+
+def test_learning_rates_fall_over_the_last_share_of_each_stage() -> None:
+    learner = learner_of(replace(TINY, mixture_steps=10, mixture_decay_share=0.5, decay_share=0.2))
+    learner.mixture_steps_done = 0
+    rates: dict[str, list[float]] = {"mixture": [], "policy": []}
+    for stage, _ in learner.remaining():
+        optimiser = learner._optimisers["mixture" if stage == "mixture" else "actor"]
+        rates[stage].append(optimiser.param_groups[0]["lr"] * 1000)
+    assert rates["mixture"] == pytest.approx([1, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+    assert rates["policy"] == pytest.approx([1] * 9 + [0.5])
+
+
+def test_without_decay_the_rates_stay() -> None:
+    learner = learner_of(TINY)
+    for _ in learner.remaining():
+        pass
+    assert [o.param_groups[0]["lr"] for o in learner._optimisers.values()] == pytest.approx([1e-3] * 5)
+
+
+def test_what_acts_is_the_average_of_the_last_weights() -> None:
+    """Three steps, then with N = 2: mean of one, mean of two, then half of the last average and half of the new."""
+    learner = learner_of(replace(TINY, averaging_steps=2))
+    for name in ("actor", "hyper_critic"):
+        acting, learning = getattr(learner.policy, name).body[-1].bias, getattr(learner, name).body[-1].bias
+        assert acting is not learning
+    expected = {"actor": torch.zeros(1), "hyper_critic": torch.zeros(2)}
+    for count in (1, 2, 3):
+        step(learner)
+        for name in expected:
+            learned = getattr(learner, name).body[-1].bias.detach().clone()
+            expected[name] = learned if count == 1 else (expected[name] + learned) / 2
+            torch.testing.assert_close(getattr(learner.policy, name).body[-1].bias.detach(), expected[name])
+    assert not torch.equal(learned, expected[name])
+
+
+@pytest.mark.parametrize("changes", [{"averaging_steps": 3}, {"advantage_baseline": "hyper", "decay_share": 0.5}])
+def test_a_run_with_further_networks_resumes_to_the_same_result(changes: dict[str, Any]) -> None:
+    config = replace(TINY, **changes)
+    whole, first, second = (learner_of(config) for _ in range(3))
+    for _ in whole.remaining():
+        pass
+    for _ in range(4):
+        step(first)
+    second.restore(first.state())
+    for _ in second.remaining():
+        pass
+    expected, got = whole.state(), second.state()
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, got[name]), name
+
+
+# ---------------------------------------------------------------- presets
+
+
+def test_the_faithful_preset_is_the_authors_code_as_it_runs() -> None:
+    config = preset_config("faithful", "hopper-medium")
+    assert (config.num_critics, config.num_components, config.critic_reduction) == (3, 5, "first")
+    assert (config.hyper_head, config.advantage_baseline, config.min_mixing_weight) == ("one_hot", "policy", 0.0)
+    assert (config.mixture_steps, config.steps, config.mixture_hidden) == (200_000, 1_000_000, (512, 512))
+    assert (config.mixture_batch, config.batch, config.hyper_batch) == (512, 256, 1024)
+    assert (config.inverse_temperature, config.max_imitation_weight, config.target_noise_std) == (5.0, 50.0, 0.2)
+
+
+def test_the_paper_preset_takes_only_what_the_paper_tunes_from_a_task() -> None:
+    config = preset_config("paper", "hopper-medium-expert-v2")
+    assert (config.num_components, config.inverse_temperature) == (2, 0.1)
+    assert (config.num_critics, config.target_noise_std, config.imitation_noise_std) == (1, 0.0, 0.0)
+    assert (config.hyper_head, config.advantage_baseline) == ("components", "mode_mean")
+
+
+def test_a_task_lies_over_our_defaults_and_leaves_our_mask() -> None:
+    config = preset_config("standard", "halfcheetah-medium-replay-like")
+    assert (config.imitation_noise_std, config.max_imitation_weight) == (0.4, 100.0)
+    assert config.effective_min_mixing_weight == 0.05
+    assert len(TASKS) == 15
+    assert TASKS["halfcheetah-medium-expert"].num_components == 1  # one-step advantage-weighted regression
+
+
+@pytest.mark.parametrize(("preset", "task"), [("huge", None), ("standard", "Hopper-medium"), ("standard", "")])
+def test_an_unknown_preset_or_task_is_refused_by_name(preset: str, task: str | None) -> None:
+    with pytest.raises(ValueError, match="expected one of"):
+        preset_config(preset, task)
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("task", [None, "walker2d-medium-expert"])
+def test_every_preset_trains(preset: str, task: str | None) -> None:
+    config = replace(
+        preset_config(preset, task), mixture_steps=2, steps=3, hidden=(8,), mixture_hidden=(8,), hyper_batch=16
+    )
+    rng = np.random.default_rng(0)
+    observations, actions = rng.normal(size=(50, 2)), np.clip(rng.normal(size=(50, 1)), -1, 1)
+    data = transitions_of(observations, actions, rng.normal(size=50), observations, actions)
+    learner = Learner(data, config, -torch.ones(1), torch.ones(1))
+    for _ in learner.remaining():
+        pass
+    assert all(np.isfinite(value) for value in learner.metrics().values())
