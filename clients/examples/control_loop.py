@@ -1,4 +1,4 @@
-"""A robot's control loop at 50 Hz, with an environment for a robot.
+"""A robot's control loop at 50 Hz, with an environment for a robot: MuJoCo's InvertedPendulum-v5, for example.
 
     python control_loop.py ENV_ID [grpc://HOST:PORT] [TICKS]
 
@@ -40,18 +40,21 @@ def main(env_id: str, target: str = "grpc://127.0.0.1:8001", ticks: str = "100")
         slew_per_s=50.0,
         fallback=ease_off,
     )
+    episodes = 0
     with PolicyClient(target) as client, ControlLoop(client, config, on_event=tell) as loop:
         for _ in loop.ticks():
             action = loop.step(observation)
             observation, _, terminated, truncated, _ = env.step(action.values)
             if terminated or truncated:
                 observation, _ = env.reset()
+                episodes += 1
             if loop.counters.ticks >= int(ticks):
                 break
         sources = loop.counters.sources
     env.close()
     fresh, held, by_fallback, stopped = (sources.get(source, 0) for source in Source)
     print(f"{ticks} ticks: {fresh} fresh, {held} held, {by_fallback} by the fallback, {stopped} stopped")
+    print(f"{episodes} episodes over")
 
 
 if __name__ == "__main__":
