@@ -8,6 +8,7 @@ One row a request, over 32 connections in turn, with 50 ms to live; until it is 
 import asyncio
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -32,10 +33,8 @@ async def flood(address: str, per_second: float) -> None:
     under_way: set[asyncio.Task[None]] = set()
 
     async def ask(call: Any) -> None:
-        try:
+        with suppress(grpc.aio.AioRpcError):
             await call(message, timeout=DEADLINE_S)
-        except grpc.aio.AioRpcError:
-            pass
 
     number, start = 0, time.monotonic()
     while True:
