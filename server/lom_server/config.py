@@ -196,6 +196,15 @@ class ServerConfig:
     traces: bool = False
     """Report a span for every call; where to is OpenTelemetry's own OTEL_* environment variables' to say."""
 
+    record: Path | None = None
+    """Folder into which every answer is recorded, with its observation, as Minari datasets; none by default.
+    Recordings hold what robots see, which may be personal data: folders get mode 0700, files 0600. They are finished
+    when the server stops, within `grace_s`, or by the next start. Needs lom[record]."""
+
+    record_max_mb: int = 1024
+    """MiB (1 to 1048576) that all recordings in that folder may take; what reaches them ends the recording, while the
+    server goes on. Making a dataset needs up to as much again for a while."""
+
     def __post_init__(self) -> None:
         _check_texts(self)
         for name, choices in _CHOICES.items():
@@ -308,6 +317,7 @@ class ServerConfig:
 
 _RANGES: Mapping[str, tuple[float, float]] = {
     "workers": (1, 64),
+    "record_max_mb": (1, 1024 * 1024),
     "grace_s": (0, 3600),
     "intra_op_threads": (1, 256),
     "run_limit_s": (0.05, 600),

@@ -350,7 +350,15 @@ class RequestMetrics:
         codes[reason] = codes.get(reason, 0) + 1
         self._refusals[reason] = self._refusals.get(reason, 0) + 1
 
-    def snapshot(self, *, queue_rows: int = 0, streams: int = 0, dropped_log_lines: int = 0) -> Snapshot:
+    def snapshot(
+        self,
+        *,
+        queue_rows: int = 0,
+        streams: int = 0,
+        dropped_log_lines: int = 0,
+        recorded: int = 0,
+        unrecorded: int = 0,
+    ) -> Snapshot:
         """What this worker counted since its start, and what it holds now."""
         tallies = [*self._tallies.values(), *([self._unlisted] if self._requests[""][OK] else [])]
         return Snapshot(
@@ -359,7 +367,12 @@ class RequestMetrics:
             requests=copy.deepcopy(self._requests),
             refusals=self._refusals.copy(),
             loads={},
-            counters={"cpu_seconds": time.process_time(), "dropped_log_lines": dropped_log_lines},
+            counters={
+                "cpu_seconds": time.process_time(),
+                "dropped_log_lines": dropped_log_lines,
+                "recorded": recorded,
+                "unrecorded": unrecorded,
+            },
             gauges={"workers": 1, "queue_rows": queue_rows, "streams": streams, "resident_bytes": _resident_bytes()},
         )
 
@@ -391,7 +404,9 @@ class Totals:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._past = empty_snapshot()
-        self._past["counters"] = {"worker_restarts": 0, "swaps": 0, "cpu_seconds": 0, "dropped_log_lines": 0}
+        self._past["counters"] = dict.fromkeys(
+            ("worker_restarts", "swaps", "cpu_seconds", "dropped_log_lines", "recorded", "unrecorded"), 0
+        )
         self._past["gauges"] = {"workers": 0, "queue_rows": 0, "streams": 0, "resident_bytes": 0}
         self._past["loads"] = {OK: 0}
         self._live: dict[int, Snapshot] = {}
@@ -640,6 +655,8 @@ def _process_families(snapshot: Snapshot) -> Iterator[Metric]:
         ("swaps", "lom_swaps", "Times that another version became a policy's default."),
         ("cpu_seconds", "lom_worker_cpu_seconds", "Processor time of all workers so far."),
         ("dropped_log_lines", "lom_log_lines_dropped", "Log lines of all workers that were not written."),
+        ("recorded", "lom_recorded_answers", "Answers of all workers that were taken into the recording."),
+        ("unrecorded", "lom_unrecorded_answers", "Answers that --record should have recorded and did not."),
     ):
         yield CounterMetricFamily(name, help_text, value=snapshot["counters"].get(key, 0))
     for key, name, help_text in (

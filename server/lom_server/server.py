@@ -10,6 +10,7 @@ from lom_server.edges.admin_edge import AdminEdge
 from lom_server.edges.authentication import Authenticator, server_credentials
 from lom_server.edges.listener import Listener, ListenerLimits
 from lom_server.metrics import MetricsServer, serve_metrics
+from lom_server.recording import make_datasets, require_recording
 from lom_server.supervisor import Supervisor
 
 _LONGEST_OPERATION_S = 3600.0
@@ -34,6 +35,7 @@ class RunningServer:
         self._admin: Listener | None = None
         self._metrics: MetricsServer | None = None
         self._stopped: asyncio.Task[bool] | None = None
+        self._finishing: asyncio.Task[None] | None = None
 
     @property
     def address(self) -> str:
@@ -59,6 +61,10 @@ class RunningServer:
     async def start(self) -> None:
         """Opens the metrics, serves, then opens the admin listener: nothing is changed before it is there."""
         config = self._config
+        if config.record is not None:
+            require_recording(config.record)
+            # Beside the start: what an earlier server left may take a while.
+            self._finishing = asyncio.create_task(make_datasets(config.record, _LONGEST_OPERATION_S))
         if config.metrics_listen:
             self._metrics = serve_metrics(config.metrics_listen, self.supervisor.pool.totals.total)
             self.metrics_address = self._metrics.address
@@ -79,6 +85,10 @@ class RunningServer:
         if self._admin is not None:
             await self._admin.drain(0)
         was_clean = await self.supervisor.stop()
+        if self._config.record is not None and self._finishing is not None:
+            self._finishing.cancel()  # what it has not finished, the next one does
+            await asyncio.gather(self._finishing, return_exceptions=True)
+            await make_datasets(self._config.record, self._config.grace_s)
         if self._metrics is not None:
             self._metrics.close()
         return was_clean

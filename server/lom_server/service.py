@@ -51,6 +51,7 @@ class ActRequest:
             `hysteresis_width` higher. Not kept where the support mask would not allow it.
         priority: who goes first when the engine is short.
         client: who asks, for fairness.
+        source: whose observations follow one another, in a recording; empty for the client's.
         ticket: told when the request begins to run.
     """
 
@@ -66,6 +67,7 @@ class ActRequest:
     hysteresis_width: float = 0.0
     priority: Priority = Priority.LIVE
     client: str = ""
+    source: str = ""
     ticket: Ticket | None = None
 
     @property

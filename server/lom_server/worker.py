@@ -26,8 +26,9 @@ from lom_server.errors import StartError, log_incident
 from lom_server.loading import LoadedPolicy, load_policy
 from lom_server.logs import LogHandler, configure_logs
 from lom_server.metrics import RequestMetrics
+from lom_server.recording import TrafficRecorder
 from lom_server.run_watch import RunWatch
-from lom_server.service import PolicyService, PolicyVersions
+from lom_server.service import Observer, PolicyService, PolicyVersions
 
 if TYPE_CHECKING:
     from lom_server.tracing import Tracer
@@ -52,7 +53,7 @@ class Worker:
         """`on_hung` is called in a thread of its own, when a run was stopped.
 
         Raises:
-            StartError: tokens or certificates are not usable.
+            StartError: tokens, certificates or the folder of recordings are not usable.
         """
         self._config = config
         self._logs = logs
@@ -61,7 +62,11 @@ class Worker:
         self._batcher = MicroBatcher(max_batch_rows=config.max_batch_rows, max_queue_rows=config.max_queue_rows)
         self._metrics = RequestMetrics()
         self._tracer = _tracer() if config.traces else None
-        observer = self._metrics if self._tracer is None else self._tracer.observing(self._metrics)
+        observer: Observer = self._metrics if self._tracer is None else self._tracer.observing(self._metrics)
+        self._recorder = None
+        if config.record is not None:
+            self._recorder = TrafficRecorder(config.record, max_mb=config.record_max_mb, workers=config.workers)
+            observer = self._recorder.observing(observer)
         self._service = PolicyService(batcher=self._batcher, observer=observer)
         self._authenticator = None if config.tokens is None else Authenticator(config.tokens)
         self._listener = Listener(
@@ -128,13 +133,13 @@ class Worker:
     async def publish(self, facts: Facts) -> Facts:
         """Serves, of `policy`, the loaded `versions` (number -> digest) and no others, `default_version` by default."""
         name = facts["policy"]
-        keys = {(name, int(version), digest) for version, digest in facts["versions"].items()}
-        self._service.publish(
-            name,
-            PolicyVersions(
-                versions={key[1]: self._loaded[key].policy for key in keys}, default_version=facts["default_version"]
-            ),
+        keys: set[_Key] = {(name, int(version), digest) for version, digest in facts["versions"].items()}
+        policy = PolicyVersions(
+            versions={key[1]: self._loaded[key].policy for key in keys}, default_version=facts["default_version"]
         )
+        if self._recorder is not None:
+            self._recorder.publish(policy)
+        self._service.publish(name, policy)
         self._metrics.publish(name, self._service.policies[name])
         for key in [key for key in self._loaded if key[0] == name and key not in keys]:
             del self._loaded[key]
@@ -162,6 +167,8 @@ class Worker:
             queue_rows=self._batcher.waiting_rows,
             streams=self._listener.open_streams,
             dropped_log_lines=self._logs.dropped_lines,
+            recorded=0 if self._recorder is None else self._recorder.recorded,
+            unrecorded=0 if self._recorder is None else self._recorder.dropped,
         )
         return {"metrics": snapshot}
 
@@ -177,7 +184,9 @@ class Worker:
         return {"was_clean": await self._listener.drain(self._config.grace_s)}
 
     def close(self) -> None:
-        """Exports the spans that are left. Blocks."""
+        """Exports the spans and writes the recording that are left. Blocks."""
+        if self._recorder is not None:
+            self._recorder.close()
         if self._tracer is not None:
             self._tracer.close()
 

@@ -250,7 +250,7 @@ class _LoopTick:
             reason=command.reason,
             mode=-1 if reply is None else reply.mode,
             margin=math.nan if reply is None or reply.margin is None else reply.margin,
-            previous_mode=self.previous_mode,
+            previous_mode=self.previous_mode if self.hysteresis_width else -1,  # not told otherwise
             hysteresis_width=self.hysteresis_width,
             sequence=command.sequence,
             answers=0 if reply is None else reply.sequence,

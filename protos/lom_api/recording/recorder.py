@@ -45,6 +45,7 @@ class Recorder(Generic[Item]):
         pack: "Pack[Item]",
         *,
         max_bytes: int,
+        writers: int = 1,
         on_failure: Callable[[str], object] | None = None,
     ) -> None:
         """Begins a spool.
@@ -52,14 +53,15 @@ class Recorder(Generic[Item]):
         Args:
             folder: of all recordings; made where it is missing.
             pack: what an item comes to, in the writing thread; told how often something was missing so far (`epoch`).
-            max_bytes: of all that the folder holds, what was there before included.
+            max_bytes: of all recordings in the folder, those that were there before included.
+            writers: how many processes share what is left of that.
             on_failure: told `failure`, in the writing thread.
 
         Raises:
             OSError: nothing can be written there.
         """
         self._spool = SpoolWriter(folder)
-        self._room = max_bytes - _folder_bytes(folder)
+        self._room = (max_bytes - _folder_bytes(folder)) / writers
         self._max_bytes = max_bytes
         self._pack = pack
         self._on_failure = on_failure
@@ -137,7 +139,7 @@ class Recorder(Generic[Item]):
             if count % _STEPS_IN_A_ROW == 0:
                 time.sleep(0)  # whoever answers may want to go on
         if self._spool.bytes_written + self._spool.bytes_waiting > self._room:
-            self._fail(f"the folder holds {self._max_bytes / 2**20:g} MiB, its limit")
+            self._fail(f"the recordings of its folder reached their {self._max_bytes / 2**20:g} MiB")
             return
         self._spool.flush()
         self._unflushed = 0

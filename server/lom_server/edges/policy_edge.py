@@ -1,6 +1,7 @@
 """`lom_api.v1.PolicyService`: bytes to requests, replies and errors back, one at a time or on a stream."""
 
 import asyncio
+import itertools
 from collections.abc import AsyncGenerator, AsyncIterator
 
 from lom_api.codec import Array, CodecError, pack_array, unpack_tensor
@@ -20,6 +21,8 @@ MAX_UNANSWERED = 64
 """Requests of one stream whose answers are not written yet; beyond them, no more are read."""
 
 MOST_SPECS_KEPT = 64
+
+_STREAM_NUMBERS = itertools.count(1)
 
 
 class PolicyEdge:
@@ -74,6 +77,7 @@ class _ActStream:
     def __init__(self, service: PolicyService, call: Call) -> None:
         self._service = service
         self._call = call
+        self._source = f"stream {next(_STREAM_NUMBERS)}"
         self._answers: asyncio.Queue[bytes | None] = asyncio.Queue()  # None: there will be no more
         self._tasks: dict[asyncio.Task[None], tuple[int, Ticket]] = {}  # unanswered, with their sequence
         self._room = asyncio.Semaphore(MAX_UNANSWERED - 1)  # one is taken up before there must be room for it
@@ -112,7 +116,7 @@ class _ActStream:
             deadline_ns = self._call.admit(request.budget_ns)
             ticket = Ticket()
             with self._service.counting_refusals(request.policy):
-                act_request = _act_request(request, self._call.client, ticket)
+                act_request = _act_request(request, self._call.client, ticket, self._source)
         except Exception as error:
             self._refuse(sequence, error)
             return
@@ -162,7 +166,9 @@ class _ActStream:
             self._answers.put_nowait(None)
 
 
-def _act_request(request: policy_pb2.ActRequest, client: str, ticket: Ticket | None = None) -> ActRequest:
+def _act_request(
+    request: policy_pb2.ActRequest, client: str, ticket: Ticket | None = None, source: str = ""
+) -> ActRequest:
     hysteresis = request.hysteresis
     return ActRequest(
         policy=request.policy,
@@ -179,6 +185,7 @@ def _act_request(request: policy_pb2.ActRequest, client: str, ticket: Ticket | N
         hysteresis_width=hysteresis.width,
         priority=_priority(request.priority),
         client=client,
+        source=source,
         ticket=ticket,
     )
 
