@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -65,7 +66,9 @@ class FilmedEpisode(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def _shoot(self) -> None:
         try:
-            frame = np.asarray(self.env.render())
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the reason alone is the user's
+                frame = np.asarray(self.env.render())
             if self._film is None:
                 make = _Mp4 if self._path.suffix == ".mp4" else _Gif
                 self._film = make(self._unfinished, self._frames_per_s)
