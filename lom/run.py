@@ -152,14 +152,23 @@ class TrainedRun:
     summary: Mapping[str, Any]
 
 
+def require_new(folder: Path) -> None:
+    """Raises RunError where the folder is there already, or where nobody may look."""
+    try:
+        exists = folder.exists()
+    except OSError as error:
+        raise RunError(f"--out {folder}: cannot be looked at: {error.strerror}") from error
+    if exists:
+        raise RunError(f"--out {folder}: expected a new folder, it is there already; --resume goes on with it")
+
+
 def create_run(folder: Path, spec: RunSpec, card: DatasetCard | None = None) -> None:
     """Makes the folder and writes run.json, and dataset_card.json where there is a card.
 
     Raises:
         RunError: the folder is there already, or cannot be made.
     """
-    if folder.exists():
-        raise RunError(f"--out {folder}: expected a new folder, it is there already; --resume goes on with it")
+    require_new(folder)
     # Made beside and renamed, so that a kill at any moment leaves a run that can be resumed, or none.
     partial = folder.with_name(f".{folder.name}.partial")
     try:

@@ -110,8 +110,8 @@ def train(arguments: TrainArguments, console: Console) -> None:
         KeyboardInterrupt: after SIGINT or SIGTERM, once the step in hand is done and saved.
     """
     config, folder = arguments.config, arguments.out
-    if folder.exists() and not arguments.resume:
-        raise runs.RunError(f"--out {folder}: expected a new folder, it is there already; --resume goes on with it")
+    if not arguments.resume:
+        runs.require_new(folder)
     if config.threads:
         torch.set_num_threads(config.threads)
     spec, transitions, card = _read_data(arguments, console)

@@ -16,7 +16,7 @@ import tyro
 from rich.console import Console
 
 _EPISODE_ROWS = 1000
-_FEW_STEPS = ("--preset", "standard", "--mixture-steps", "20", "--steps", "20")
+_FEW_STEPS = ("--preset", "standard", "--mixture-steps", "3", "--steps", "3")
 # Run inside the process that is measured: the peak of one that has ended cannot be read any more.
 _PROGRAM = """
 import re, sys
