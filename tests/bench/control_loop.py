@@ -1,11 +1,13 @@
 """How punctual a control loop is, and what it does while its server is killed: measured, printed as Markdown.
 
-    python -m tests.bench.control_loop [lateness] [poll] [kills] [steps]
+    python -m tests.bench.control_loop [lateness] [poll] [kills] [faults] [steps]
 
 * lateness: how late each step returns after its deadline while no answer comes, beside a bare sleep loop of the same
   period that runs in turn with it; at 50, 100 and 250 Hz, asked in a thread and in a process.
 * poll: how long a step takes that does not wait, against a server that answers.
 * kills: 300 kills of the server at random moments, at 100 Hz, in a thread.
+* faults: eight loops at 100 Hz, 100,000 ticks in all, asked in threads, on a stream and in a process, over connections
+  that are cut, half cut and reset at random, of a server that is late one time in ten.
 * steps: what a step costs by itself, and memory over a million of them.
 
 Machines differ and are shared: compare within one run. The process is left as a user's would be, but for the garbage
@@ -18,16 +20,18 @@ import os
 import platform
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from lom_client import ControlLoop, LoopConfig, PolicyClient, PolicyProcess, Source, paced_ticks
+from lom_client import ClientConfig, ControlLoop, Level, LoopConfig, PolicyClient, PolicyProcess, Source, paced_ticks
 from lom_client.levels import LoopState, Reply, Tick, advance
 from tests.support.control_loops import BOUNDS, circling, hundred_hertz, running_loop
 from tests.support.fake_policy_server import FakePolicyServerProcess
+from tests.support.fault_proxy import FaultProxy
 from tests.support.servers import wait_until
 
 RATES_HZ = (50, 100, 250)
@@ -35,6 +39,7 @@ IO = ("thread", "process")
 SECONDS = 6.0
 ROUNDS = 3
 KILLS = 300
+FAULT_TICKS = 100_000
 STEPS = 1_000_000
 QUANTILES = (0.5, 0.99, 0.999, 1.0)
 
@@ -173,6 +178,42 @@ def kills() -> None:
     )
 
 
+def faults() -> None:
+    """Random ones; `running_loop` fails where an action was stale, reordered, used twice, unsound or missing."""
+    rng = random.Random(0)
+    ways = ("thread, waits", "thread, takes", "stream, takes", "process, takes") * 2
+    suffered: Counter[str] = Counter()
+    with FakePolicyServerProcess("erratic") as server, ExitStack() as stack:
+        loops = []
+        proxies = []
+        for way in ways:
+            proxy = stack.enter_context(FaultProxy(server.port))
+            client_config = ClientConfig(use_stream=way.startswith("stream"))
+            policy: PolicyClient | PolicyProcess = PolicyProcess(target=proxy.target, config=client_config)
+            if not way.startswith("process"):
+                policy = stack.enter_context(PolicyClient(proxy.target, config=client_config))
+            config = hundred_hertz(deadline_s=None if "waits" in way else 0.0)
+            loops.append(stack.enter_context(running_loop(policy, config)))
+            proxies.append(proxy)
+        while sum(len(loop.actions) for loop in loops) < FAULT_TICKS:
+            proxy = rng.choice(proxies)
+            fault = rng.choice(["cut", "cut_replies", "reset"])
+            suffered[fault] += 1
+            getattr(proxy, fault)()
+            time.sleep(rng.uniform(0.001, 0.03))
+            proxy.heal()
+            time.sleep(rng.uniform(0.3, 0.8))
+            for running in loops:
+                if running.loop.level is Level.SAFE_STOP:
+                    running.loop.rearm()
+        counters = [running.loop.counters for running in loops]
+    head("asked in", "ticks", "fresh", "rejected, by reason", "wrong actions")
+    for way, counted in zip(ways, counters, strict=True):
+        rejected = ", ".join(f"{reason} {number}" for reason, number in sorted(counted.rejected.items()))
+        row(way, counted.ticks, f"{counted.fresh_share:.0%}", rejected, 0)
+    print(f"\nFaults: {', '.join(f'{fault} {number}' for fault, number in sorted(suffered.items()))}.")
+
+
 def steps() -> None:
     """Without a server: the levels alone, and memory over a million ticks of them."""
     rules = hundred_hertz(deadline_s=0.0, acceleration_per_s2=1000.0).rules(*BOUNDS)
@@ -202,7 +243,7 @@ def steps() -> None:
     row(STEPS, p50, p99, resident_kib[0] / 1024, resident_kib[-1] / 1024)
 
 
-PARTS = {"lateness": lateness, "poll": poll, "kills": kills, "steps": steps}
+PARTS = {"lateness": lateness, "poll": poll, "kills": kills, "faults": faults, "steps": steps}
 
 
 def main() -> None:

@@ -245,7 +245,8 @@ async def stream_submit(channels: Sequence[Any]) -> AsyncIterator[Submit]:
             if left_s <= 0:
                 return Outcome.EXPIRED
             sequence = next(sequences)
-            outcome = waiting[sequence] = asyncio.get_running_loop().create_future()
+            outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+            waiting[sequence] = outcome
             await stream.write(request_message(sequence, budget_s=min(left_s, 10.0)))
         return await outcome
 

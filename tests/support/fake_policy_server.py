@@ -8,6 +8,7 @@ process of its own, which a test can freeze and kill.
 
 import os
 import queue
+import random
 import signal
 import subprocess
 import sys
@@ -125,6 +126,13 @@ def late_act(delay_s: float) -> Act:
 def never_act(request: policy_pb2.ActRequest, context: Context) -> policy_pb2.ActReply:
     """No answer as long as the caller waits for one."""
     _wait_for_caller_to_give_up(context, PATIENCE_S)
+    return honest_act(request, context)
+
+
+def erratic_act(request: policy_pb2.ActRequest, context: Context) -> policy_pb2.ActReply:
+    """An honest answer; one of ten comes later, up to 0.1 s."""
+    if random.random() < 0.1:
+        _wait_for_caller_to_give_up(context, random.choice([0.002, 0.005, 0.012, 0.03, 0.1]))
     return honest_act(request, context)
 
 
@@ -313,7 +321,7 @@ class FakePolicyServer:
 
 
 class FakePolicyServerProcess:
-    """The same server in a process of its own: `behaviour` is "honest" or "never"."""
+    """The same server in a process of its own: `behaviour` is "honest", "never" or "erratic"."""
 
     def __init__(self, behaviour: str = "honest", *, port: int = 0) -> None:
         self._process = subprocess.Popen(
@@ -372,7 +380,7 @@ def _wait_for_caller_to_give_up(context: Context, patience_s: float) -> None:
 
 
 def _main(behaviour: str, port: str) -> None:
-    act = {"honest": honest_act, "never": never_act}[behaviour]
+    act = {"honest": honest_act, "never": never_act, "erratic": erratic_act}[behaviour]
 
     def announced(request: policy_pb2.ActRequest, context: Context) -> Reply:
         if behaviour == "never":
