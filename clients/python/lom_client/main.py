@@ -326,7 +326,7 @@ def _print_table(config: ActConfig, report: "EpisodeReport") -> None:
         table.add_row(f"{source} actions", f"{share:.2%}")
     if config.rate_hz is not None:
         table.add_row("skipped periods", f"{report.skipped_periods}")
-    rows = f", {config.envs} rows" if config.envs > 1 else ""
+    rows = f", up to {config.envs} rows" if config.envs > 1 else ""
     table.add_row(f"latency p50{rows}", f"{numbers['latency_p50_us']:.0f} µs")
     table.add_row(f"latency p99{rows}", f"{numbers['latency_p99_us']:.0f} µs")
     table.add_row("steps per second", f"{numbers['steps_per_s']:.0f}")
