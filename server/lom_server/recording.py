@@ -141,6 +141,7 @@ class TrafficRecorder:
                 low=tuple(manifest.action.low),
                 high=tuple(manifest.action.high),
                 longest_gap_ns=_LONGEST_GAP_NS,
+                is_numbered=False,
                 golden=Golden(action_tolerance=manifest.golden.action_tolerance, tie_width=manifest.golden.tie_width),
             )
         return layout

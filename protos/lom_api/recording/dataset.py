@@ -255,6 +255,8 @@ class _Dataset:
         begins = steps["begins"] | (steps["epoch"] != previous["epoch"])
         begins |= previous["terminated"] | previous["truncated"]
         begins |= steps["monotonic_ns"] - previous["monotonic_ns"] > self._layout.longest_gap_ns
+        if self._layout.is_numbered:
+            begins |= steps["sequence"] != previous["sequence"] + 1
         begins[1:] |= ~is_finite[:-1]
         begins[0] |= not is_finite[0]
         for piece in np.split(np.arange(len(steps)), np.flatnonzero(begins)):

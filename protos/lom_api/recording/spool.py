@@ -95,6 +95,7 @@ class Layout:
         inputs: (name, shape of one row) of every input; a single input that is not named is called ``.
         low, high: bounds of the action, one for each element.
         longest_gap_ns: two steps that are further apart do not belong to one episode.
+        is_numbered: the steps of a stream have numbers that follow one another.
         golden: of the bundle, where it is known.
     """
 
@@ -104,6 +105,7 @@ class Layout:
     low: tuple[float, ...]
     high: tuple[float, ...]
     longest_gap_ns: int
+    is_numbered: bool = True
     golden: Golden | None = None
 
     @property
