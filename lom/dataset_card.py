@@ -147,13 +147,14 @@ class DatasetCard:
         table = Table(title="dataset", show_header=False, title_justify="left")
         quantiles = ", ".join(f"{value:.4g}" for value in self.return_quantiles.values())
         lengths = self.episode_lengths
+        others = " (the others have no next action)" if self.rows_with_target < self.rows else ""
         for name, value in (
             ("rows", f"{self.rows:,} in {self.episodes:,} episodes of {lengths.min:.0f} to {lengths.max:.0f}"),
             ("return per episode", _shown(self.returns)),
             ("its 5, 25, 50, 75, 95 %", quantiles),
             ("reward per row", _shown(self.rewards)),
             ("terminal rows", f"{self.terminal_share:.2%}"),
-            ("rows with a target", f"{self.rows_with_target:,} (the others have no next action)"),
+            ("rows with a target", f"{self.rows_with_target:,}{others}"),
             (
                 "actions",
                 f"in [{min(self.action_low):g}, {max(self.action_high):g}], {self.actions_at_bounds:.1%} at a bound",
