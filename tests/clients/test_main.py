@@ -105,19 +105,19 @@ def test_environments_side_by_side_play_the_same_episodes(server: FakePolicyServ
     assert max(request.inputs[0].shape[0] for request in server.requests) == 5  # there are no more episodes
 
 
-def test_in_real_time_late_answers_are_bridged(
+def test_in_real_time_the_loop_acts_where_no_answer_comes(
     server: FakePolicyServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def act(request: policy_pb2.ActRequest, context: Context) -> Reply:
         return (never_act if len(server.requests) > 2 else honest_act)(request, context)
 
     server.act = act
-    arguments = ("--env", "Toy-v0", "--episodes", "1", "--rate-hz", "5", "--kind", "position")
+    arguments = ("--env", "Toy-v0", "--episodes", "1", "--rate-hz", "2.5", "--kind", "position")
     report = run(server, tmp_path, *arguments)
-    assert report["source_share"] == {"fresh": 0.5, "fallback": 0.25, "safe_stop": 0.25}
-    assert (report["steps"], report["fresh"], report["rate_hz"]) == (4, 2, 5)
+    assert report["source_share"] == {"fresh": 0.5, "safe_stop": 0.5}  # at 2.5 Hz, one miss is too many
+    assert (report["steps"], report["fresh"], report["rate_hz"]) == (4, 2, 2.5)
     printed = capsys.readouterr().out
-    for words in ("Toy-v0 · toy · greedy_mode · 5 Hz", "fresh actions", "fallback actions", "skipped periods"):
+    for words in ("Toy-v0 · toy · greedy_mode · 2.5 Hz", "fresh actions", "safe_stop actions", "skipped periods"):
         assert words in printed
 
 
