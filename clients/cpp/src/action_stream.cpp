@@ -39,6 +39,8 @@ Result<wire::ActReply> reply_in(wire::ActStreamReply& message) {
 class OpenStream : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::ByteBuffer>,
                    public std::enable_shared_from_this<OpenStream> {
  public:
+  explicit OpenStream(std::shared_ptr<InFlight> streams) : token_(std::move(streams)) {}
+
   void begin(grpc::GenericStub& stub, const std::string& token) {
     self_ = shared_from_this();
     if (!token.empty()) {
@@ -172,6 +174,7 @@ class OpenStream : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::ByteBu
     }
   }
 
+  const InFlight::Token token_;  // outlives the context
   const std::int64_t began_ns_ = now_ns();
   std::int64_t asked_ns_ = began_ns_;
   grpc::ClientContext context_;
@@ -188,7 +191,8 @@ class OpenStream : public grpc::ClientBidiReactor<grpc::ByteBuffer, grpc::ByteBu
   std::shared_ptr<OpenStream> self_;
 };
 
-ActionStream::ActionStream(grpc::GenericStub& stub, const std::string& token) : stub_(stub), token_(token) {}
+ActionStream::ActionStream(grpc::GenericStub& stub, const std::string& token, std::shared_ptr<InFlight> in_flight)
+    : stub_(stub), token_(token), in_flight_(std::move(in_flight)) {}
 
 ActionStream::~ActionStream() { close(); }
 
@@ -204,7 +208,7 @@ std::shared_ptr<OpenStream> ActionStream::act(wire::ActRequest& request, std::in
     if (open_ != nullptr) {
       open_->leave();
     }
-    open_ = std::make_shared<OpenStream>();
+    open_ = std::make_shared<OpenStream>(in_flight_);
     open_->begin(stub_, token_);
     if (!open_->ask(request, over_ns, outcome)) {
       outcome->fail(failed(Failure::kServerUnavailable, "STREAM_ENDED", "the stream ended before it was asked"));

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "contract.hpp"
+#include "in_flight.hpp"
 #include "outcome.hpp"
 
 namespace lom_client {
@@ -19,7 +20,7 @@ class OpenStream;
 /// first request; opened anew by the next one after it ended or became old. Threads: any; nothing blocks.
 class ActionStream {
  public:
-  ActionStream(grpc::GenericStub& stub, const std::string& token);
+  ActionStream(grpc::GenericStub& stub, const std::string& token, std::shared_ptr<InFlight> in_flight);
   ~ActionStream();
 
   /// Numbers and sends `request`, useless after `over_ns`; `outcome` ends with its reply. Returns the stream that it is
@@ -35,6 +36,7 @@ class ActionStream {
  private:
   grpc::GenericStub& stub_;
   const std::string& token_;
+  const std::shared_ptr<InFlight> in_flight_;
   std::mutex mutex_;
   std::uint64_t sequence_ = 0;
   bool is_closed_ = false;

@@ -55,6 +55,9 @@ std::shared_ptr<grpc::Channel> make_channel(const Target& target, const ClientCo
 /// A call by itself, kept alive by gRPC until it has ended.
 template <typename Reply>
 struct UnaryCall : Outcome<Reply> {
+  explicit UnaryCall(std::shared_ptr<InFlight> calls) : token(std::move(calls)) {}
+
+  const InFlight::Token token;  // outlives the context
   grpc::ClientContext context;
   grpc::ByteBuffer request;
   grpc::ByteBuffer reply;
@@ -78,8 +81,13 @@ Connection::Connection(std::string_view target, const ClientConfig& config, std:
   token_ = secrets.token;
   stub_ = grpc::GenericStub(make_channel(parsed, config, secrets));
   if (config.use_stream) {
-    stream_.emplace(stub_, token_);
+    stream_.emplace(stub_, token_, in_flight_);
   }
+}
+
+Connection::~Connection() {
+  close();
+  in_flight_->wait_until_none();
 }
 
 Result<PolicySpec> Connection::get_spec(std::int64_t over_ns, Group* group) {
@@ -122,7 +130,7 @@ Hash Connection::contract_hash() {
 }
 
 void Connection::close() {
-  calls_.end();
+  calls_.end();  // and whoever waits for a call cancels it
   if (stream_) {
     stream_->close();
   }
@@ -183,7 +191,7 @@ Result<Reply> Connection::call(const std::string& method, const google::protobuf
   if (remaining_ns <= 0) {
     return out_of_time();
   }
-  const auto call = std::make_shared<UnaryCall<Reply>>();
+  const auto call = std::make_shared<UnaryCall<Reply>>(in_flight_);
   if (!token_.empty()) {
     call->context.AddMetadata("authorization", "Bearer " + token_);
   }

@@ -12,6 +12,7 @@
 
 #include "action_stream.hpp"
 #include "contract.hpp"
+#include "in_flight.hpp"
 #include "lom_client/text.hpp"
 #include "outcome.hpp"
 #include "target.hpp"
@@ -23,6 +24,7 @@ class Connection {
  public:
   /// Throws std::invalid_argument as `PolicyClient`.
   Connection(std::string_view target, const ClientConfig& config, std::string policy, std::uint32_t version);
+  ~Connection();
 
   /// As `PolicyClient::get_spec`, until an instant of the monotonic clock; ends with `group`, too.
   Result<PolicySpec> get_spec(std::int64_t over_ns, Group* group = nullptr);
@@ -47,6 +49,7 @@ class Connection {
   const std::string policy_;
   const std::uint32_t version_;
   std::string token_;
+  const std::shared_ptr<InFlight> in_flight_ = std::make_shared<InFlight>();
   grpc::GenericStub stub_;
   std::optional<ActionStream> stream_;
   std::atomic<std::uint64_t> sequence_{0};
