@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
@@ -31,8 +32,6 @@ from lom_client.main import main
 from tests.clients import toy_environments
 from tests.support import bundles
 from tests.support.servers import running_server, wait_until
-
-h5py = pytest.importorskip("h5py")
 
 UNHURRIED = LoopConfig(period_s=10, kinds="position", safe_action=[0, 0], slew_per_s=0.005)
 OBSERVATIONS = np.array([[0.1, -0.2, 0.3], [0.4, 0.5, -0.6], [0.7, 0.8, 0.9], [-0.1, -0.3, -0.2]], np.float32)
@@ -94,7 +93,7 @@ def test_a_flight_becomes_a_dataset(client: PolicyClient, tmp_path: Path) -> Non
     np.testing.assert_allclose(infos["margin"], bundles.greedy_margin(OBSERVATIONS), atol=1e-6)
     np.testing.assert_array_equal(infos["flags"], [int(action.flags) for action in actions])
     assert all(action.flags & Flag.SLEW_LIMITED for action in actions)
-    np.testing.assert_allclose(infos["age_s"], [action.age_s for action in actions])
+    np.testing.assert_allclose(infos["age_s"], np.array([action.age_s for action in actions], np.float64))
     assert infos["sequence"].tolist() == infos["answers"].tolist() == [1, 2, 3, 4]
     assert set(infos["bundle_digest"]) == {actions[0].bundle_digest.encode()}
     assert [set(infos[name]) for name in ("variant", "level", "source")] == [{b"greedy_mode"}, {b"nominal"}, {b"fresh"}]
@@ -171,7 +170,7 @@ def test_ticks_without_the_policy_are_recorded_as_what_they_were(tmp_path: Path)
     assert set(infos["mode"]) == {-1}
     assert not np.concatenate([episode["infos"]["is_answered"] for episode in episodes]).any()
     assert np.isnan(episodes[0]["infos"]["policy_action"]).all()
-    np.testing.assert_array_equal(episodes[0]["actions"][0], np.float32([0.25, 0]))
+    np.testing.assert_array_equal(episodes[0]["actions"][0], np.array([0.25, 0], np.float32))
 
 
 def test_an_observation_that_cannot_be_used_ends_the_episode(client: PolicyClient, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
@@ -15,8 +16,6 @@ from lom_client.main import main
 from lom_client.replay import DEFAULT_GOLDEN, ReplayReport, golden_of, replay
 from tests.clients import toy_environments  # noqa: F401  registers Toy-v0
 from tests.support import bundles
-
-h5py = pytest.importorskip("h5py")
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +94,7 @@ def test_a_wider_tolerance_lets_it_pass(flown: Path, changed_bundle: Path) -> No
 def test_one_perturbed_action_is_found_out(copied: Path, bundle: Path) -> None:
     with h5py.File(copied / "data" / "main_data.hdf5", "r+") as file:
         action = file["episode_1/infos/policy_action"]
-        action[2] = action[2] + np.float32([0, 4e-6])
+        action[2] = action[2] + np.array([0, 4e-6], np.float32)
     report = compared(copied, bundle, golden=Golden(action_tolerance=1e-6, tie_width=0))
     assert (report.compared, report.within) == (12, 11)
     assert report.largest_difference == pytest.approx(2e-6, rel=0.1)

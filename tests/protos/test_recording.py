@@ -54,7 +54,7 @@ def test_what_was_put_in_comes_out(tmp_path: Path) -> None:
 
 def test_a_spool_that_is_cut_off_anywhere_is_read_up_to_there(tmp_path: Path) -> None:
     content = written(tmp_path)
-    counts = []
+    counts: list[int] = []
     for length in range(len(content) + 1):
         try:
             _, rows = read_spool(io.BytesIO(content[:length]))

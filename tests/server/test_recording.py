@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from tests.support.servers import ServerProcess, running_server, start_server_pr
 ROBOT = np.array([[0.1, -0.2, 0.3], [0.4, 0.5, -0.6], [0.7, 0.8, 0.9], [-0.1, -0.3, -0.2]], np.float32)
 
 
-def ask(server: ServerProcess, rows: Sequence[Any], **options: Any) -> list[Any]:
+def ask(server: ServerProcess, rows: Any, **options: Any) -> list[Any]:
     with PolicyClient(f"grpc://{server.address}") as client:
         return [client.act(row, deadline_s=10, **options) for row in rows]
 
