@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lom import losses
+from lom import losses, signatures
 from lom.config import TrainConfig
 from lom.dataset import DatasetError, Transitions
 from lom.mode_selection import ModeChoice, gather_component, select_mode
@@ -30,6 +30,7 @@ Metrics = dict[str, float]
 _TARGET_NOISE_CLIP = 0.5
 _TARGET_UPDATE_EVERY = 2
 _MEANS_SEEDING_ROWS = 4096
+_SIGN_ROWS = 2048
 
 
 class LearningDivergedError(RuntimeError):
@@ -311,6 +312,37 @@ class Learner:
                     f"{name}: expected a finite value, got {value} after {self.mixture_steps_done} mixture and "
                     f"{self.policy_steps_done} policy steps; lower the learning rates or scale the rewards"
                 )
+        return values
+
+    @torch.no_grad()
+    def signs(self) -> Metrics:
+        """The numbers of `lom.signatures` on a fixed part of the data; costs about as much as a few steps.
+
+        In the first stage those of the mixture alone. Training goes on as if it had not been asked.
+        """
+        random_state = self._generator.get_state()
+        rows = torch.randperm(self._rows, generator=torch.Generator().manual_seed(self.config.seed))[:_SIGN_ROWS]
+        observations = self._observations[rows]
+        mixture: Mixture = self.policy.mixture(observations)
+        values = {
+            "signs/mixture_misfit": signatures.mixture_misfit(mixture, self._actions[rows], self._generator),
+        }
+        if self.policy_steps_done > 0:
+            choice = self._choose(self.policy.hyper_critic(observations), mixture)
+            mode_mean, mode_log_std = (gather_component(p, choice.mode) for p in (mixture.means, mixture.log_stds))
+            actions, imitated = self.policy.actor(observations), self._imitated_actions(mode_mean, mode_log_std)
+            weights = losses.imitation_weights(
+                self._advantages(observations, imitated, mode_mean, actions),
+                self.config.inverse_temperature,
+                self.config.max_imitation_weight,
+            )
+            values |= {
+                "signs/narrow_modes": signatures.narrow_modes(mode_log_std),
+                "signs/unsupported_modes": signatures.unsupported_modes(mixture.log_weights.exp(), choice.mode),
+                "signs/saturated_weights": signatures.saturated_weights(weights, self.config.max_imitation_weight),
+                "signs/actor_disagreement": signatures.actor_disagreement(actions, mode_mean),
+            }
+        self._generator.set_state(random_state)
         return values
 
     # ---------------------------------------------------------------- resuming

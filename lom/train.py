@@ -18,6 +18,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from lom import run as runs
+from lom import signatures
 from lom.config import PRESETS, TrainConfig, preset_config
 from lom.dataset import DatasetError, Transitions, load_transitions
 from lom.dataset_card import DatasetCard
@@ -137,7 +138,12 @@ def train(arguments: TrainArguments, console: Console) -> None:
     metrics = _learn(learner, samples, arguments, console)
     training_s = time.monotonic() - started
     evaluation = {} if spec.env is None else _evaluate(learner.policy, spec, arguments.eval_episodes, console)
-    runs.write_summary(folder, {"training_s": round(training_s, 1), "metrics": metrics, "evaluation": evaluation})
+    failures = signatures.report(metrics)
+    for failure in failures:
+        warning = f"{failure['name']} ({failure['measured']:.2f}, limit {failure['limit']:g}): {failure['advice']}"
+        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+    summary = {"training_s": round(training_s, 1), "metrics": metrics, "failures": failures, "evaluation": evaluation}
+    runs.write_summary(folder, summary)
     console.print(f"trained in {training_s:.0f} s; run written to {folder}", markup=False, soft_wrap=True)
 
 
@@ -199,6 +205,7 @@ def _learn(
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[losses]}"),
+        TextColumn("[yellow]{task.fields[signs]}"),
     )
     with (
         SummaryWriter(str(folder / runs.TENSORBOARD_FOLDER), purge_step=sum(done.values())) as curves,
@@ -206,7 +213,9 @@ def _learn(
         _stop_requested() as stop_requested,
     ):
         bars = {
-            stage: progress.add_task(_STAGE_TITLES[stage], total=totals[stage], completed=done[stage], losses="")
+            stage: progress.add_task(
+                _STAGE_TITLES[stage], total=totals[stage], completed=done[stage], losses="", signs=""
+            )
             for stage in totals
         }
         for stage, steps_done in learner.remaining():
@@ -225,6 +234,13 @@ def _learn(
                 )
                 losses = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown)
                 progress.update(bars[stage], completed=steps_done, losses=losses)
+            if steps_done % max(1, totals[stage] // 20) == 0 or finished:
+                signs = learner.signs()
+                all_metrics |= signs
+                for name, value in signs.items():
+                    curves.add_scalar(name, value, overall)
+                if 2 * steps_done >= totals[stage]:  # at the start of a stage every sign is there
+                    progress.update(bars[stage], signs=", ".join(each.name for each in signatures.found(signs)))
             if overall % arguments.checkpoint_every == 0 or finished or stop_requested():
                 runs.save_checkpoint(folder, learner.state(), samples)
             if stop_requested():
