@@ -6,7 +6,7 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="package")
 def _one_thread() -> Iterator[None]:
     """As `lom-train --preset small` does: on nets this small a second thread costs more than it brings."""
     threads = torch.get_num_threads()

@@ -36,7 +36,7 @@ def bandit(**changes: Any) -> Learner:
 
 @pytest.fixture(scope="module")
 def fork() -> Mapping[str, np.ndarray[Any, Any]]:
-    return fork_demonstrations(episodes=200)
+    return fork_demonstrations()
 
 
 def learn_fork(arrays: Mapping[str, np.ndarray[Any, Any]], **changes: Any) -> Learner:
@@ -61,7 +61,7 @@ def test_too_few_components_miss_modes() -> None:
 
 def test_modes_missed_in_a_few_states_only_are_found_too(fork: Mapping[str, np.ndarray[Any, Any]]) -> None:
     """On the fork two routes part in front of the obstacle, everywhere else one Gaussian is enough."""
-    assert "missed modes" in found(learn_fork(fork, num_components=1))
+    assert "missed modes" in found(learn_fork(fork, num_components=1, mixture_steps=1500, steps=1))
 
 
 def test_data_without_spread_collapses_the_modes() -> None:
