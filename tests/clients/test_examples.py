@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
+import grpc
 import pytest
 
 import lom_client
 from lom_client import ControlLoop, LoopAction
 from tests.support.bundles import write_test_bundle
-from tests.support.fake_policy_server import FakePolicyServer, never_act
+from tests.support.fake_policy_server import FakePolicyServer, never_act, refusing_act
 from tests.support.pendulum_bundle import ENV_ID, write_pendulum_bundle
 from tests.support.servers import ServerProcess, running_server
 
@@ -109,6 +110,15 @@ def test_robot_fleet_holds_when_the_server_dies(tmp_path: Path) -> None:
     last = printed.splitlines()[-1]
     assert last.startswith("4 robots, 400 ticks: fresh")
     assert "'UNAVAILABLE'" in last
+
+
+def test_robot_fleet_leaves_an_overloaded_server_alone(server: FakePolicyServer) -> None:
+    server.act = refusing_act(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL: 64 rows wait; retry_after_ms 600000")
+    last = run_example("robot_fleet.py", server.target, "1", "2").splitlines()[-1]
+    # Each of the two asks until it is told to wait; a busy machine may be too late to hear the first refusal.
+    told = re.fullmatch(r"2 robots, 100 ticks: fresh 0\.0 %  held \{.*'QUEUE_FULL': 2\b.*\}", last)
+    assert told
+    assert len(server.requests) < 50
 
 
 def test_robot_fleet_without_a_server_is_one_line() -> None:
