@@ -8,11 +8,12 @@ import pytest
 from gymnasium import spaces
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
+from lom_api.codec import pack_array, unpack_tensor
 from lom_api.v1 import policy_pb2
 from lom_client import ContractMismatch, DeadlineExceeded, PolicyClient, Source
-from lom_client.episodes import play_episodes, play_episodes_in_real_time
+from lom_client.episodes import ANY_SCORE, play_episodes, play_episodes_in_real_time
 from tests.clients.toy_environments import STEPS, ToyEnv, ToyGoalEnv, ToyWalkEnv
-from tests.support.fake_policy_server import Context, FakePolicyServer, honest_act, never_act
+from tests.support.fake_policy_server import Context, FakePolicyServer, honest_act, never_act, tampered
 
 
 def test_the_report_tells_what_happened(server: FakePolicyServer, client: PolicyClient) -> None:
@@ -210,6 +211,22 @@ def test_real_time_with_answers_in_time_is_the_same_run(client: PolicyClient) ->
     assert (report.skipped_periods, report.bundle_digest) == (0, expected.bundle_digest)
     assert report.elapsed_s > 4 / 2.5
     assert told == [0, 1]
+
+
+def test_warnings_are_counted(server: FakePolicyServer, client: PolicyClient) -> None:
+    def warn(reply: policy_pb2.ActReply) -> None:
+        first = unpack_tensor(reply.action)[:, 0]
+        reply.scores.add(name="state_score", values=pack_array(first), threshold=0.0)
+
+    server.act = tampered(warn)
+    report = play_episodes(ToyEnv(), client, episodes=2, seed=5, deadline_s=10)
+    warned = sum(np.frombuffer(request.inputs[0].data, np.float32)[0] > 0 for request in server.requests)
+    assert report.warning_counts == {"state_score": warned}
+    assert report.warning_share == {"state_score": warned / (2 * STEPS)}
+    in_real_time = play_episodes_in_real_time(ToyEnv(), client, episodes=1, rate_hz=2.5, seed=5)
+    of_the_first = sum(np.frombuffer(request.inputs[0].data, np.float32)[0] > 0 for request in server.requests[:STEPS])
+    assert 0 < of_the_first < STEPS
+    assert in_real_time.warning_counts == {ANY_SCORE: of_the_first}
 
 
 def test_real_time_goes_on_without_answers(server: FakePolicyServer, client: PolicyClient) -> None:
