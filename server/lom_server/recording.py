@@ -8,7 +8,6 @@ those of this one. No process that answers imports h5py.
 import asyncio
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 
 from lom_api.reasons import Reason
 from lom_api.recording import Golden, Layout, MissingH5pyError, Recorder, Step, require_h5py
+from lom_api.recording.dataset import finishing_command, remove_drafts
 from lom_api.recording.spool import NO_MODE, SpoolWriter
 from lom_bundle import Manifest
 from lom_server.errors import StartError
@@ -198,7 +198,7 @@ async def make_datasets(folder: Path, limit_s: float) -> None:
     """
     try:
         child = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "lom_api.recording", str(folder)),
+            *finishing_command(folder),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -219,8 +219,10 @@ async def make_datasets(folder: Path, limit_s: float) -> None:
     for line in output.decode(errors="replace").splitlines():
         _logger.info("recorded: %s", line)
     if child.returncode:
+        remove_drafts(folder)
         lines = complaint.decode(errors="replace").splitlines()
-        _logger.error("%s", lines[-1] if lines else "the recording could not be finished")
+        is_said = child.returncode > 0 and lines
+        _logger.error("%s", lines[-1] if is_said else "the recording could not be finished: is the disk full?")
 
 
 def _unwritable(folder: Path, error: OSError) -> StartError:

@@ -1,5 +1,6 @@
 """Records what a control loop, or an environment's episodes, asked for and put out."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -10,7 +11,7 @@ from typing import Any, Protocol, Self, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from lom_api.recording import Layout, Recorder, Step, finish_recordings, require_h5py
+from lom_api.recording import Layout, Recorder, RecordingError, Step, finish_recordings, require_h5py
 from lom_api.recording.spool import OUTCOME, floats
 from lom_client.actions import Actions
 from lom_client.level_rules import LevelRules
@@ -25,6 +26,7 @@ from lom_client.loop_messages import (
 from lom_client.observations import Observations
 from lom_client.spec import PolicySpec
 
+_LOGGER = logging.getLogger(__name__)
 _BYTES_OF_A_STEP = 512
 _FOREVER_NS = 2**62
 _GAP_PERIODS = 1.5
@@ -194,7 +196,10 @@ class FlightRecorder:
         """
         self._recorder.close()
         if self._finishes:
-            finish_recordings(self._folder)
+            try:
+                finish_recordings(self._folder)
+            except RecordingError as error:  # not this one, which is finished
+                _LOGGER.warning("%s", error)
 
     def __enter__(self) -> Self:
         return self

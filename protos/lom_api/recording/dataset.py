@@ -12,10 +12,12 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +27,7 @@ from lom_api.recording.spool import (
     STEP,
     SUFFIX,
     TEXT_FIELDS,
+    EmptySpoolError,
     Facts,
     Golden,
     Layout,
@@ -36,8 +39,13 @@ Infos: TypeAlias = Mapping[str, Array]
 
 DATA_FILE = "main_data.hdf5"
 METADATA_FILE = "metadata.json"
+FAILED, DAMAGED = 1, 3
+"""Exit status of the process that makes datasets: the disk would not; a spool is none."""
+
 # The oldest release whose readers know everything that is written here.
 _MINARI_VERSION = "0.5.3"
+_DRAFT_SUFFIX = ".partial"
+_PARTS_OF_A_NAME = 4
 _ROWS_AT_ONCE = 1024
 _LONGEST_TEXT = 64
 _PLAIN_INFOS = (
@@ -84,46 +92,87 @@ def finish_recordings(folder: Path) -> list[Path]:
     """Makes datasets of every spool in `folder` that nobody writes any more, and removes the spool.
 
     A spool of several policies or observation layouts becomes several datasets; one without two steps in a row
-    becomes none.
+    becomes none. The work is done by a process of its own: HDF5 crashes where it cannot close a file on a full disk.
 
     Raises:
         MissingH5pyError: h5py is not installed.
-        OSError: the disk is full, or the folder cannot be written; the spools are all still there.
+        OSError: the disk is full, or the folder cannot be written; what was not finished is still there.
         RecordingError: one of them is no spool; the others were finished.
     """
     require_h5py()
-    finished: list[Path] = []
+    done = subprocess.run(
+        finishing_command(folder),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        process_group=0,  # whoever interrupts a program interrupts it alone
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        check=False,
+    )
+    if done.returncode:
+        remove_drafts(folder)
+        complaint = (done.stderr.splitlines() or [""])[-1]
+        if done.returncode == DAMAGED:
+            raise RecordingError(complaint)
+        raise OSError(complaint if done.returncode == FAILED else _crash(folder))
+    return [Path(line) for line in done.stdout.splitlines()]
+
+
+def finishing_command(folder: Path) -> list[str]:
+    """What finishes the recordings in `folder`, and prints the datasets; see `lom_api.recording.__main__`."""
+    return [sys.executable, "-P", "-m", "lom_api.recording", str(folder)]
+
+
+def _crash(folder: Path) -> str:
+    return f"{folder}: the process that makes the dataset died: is the disk full?"
+
+
+def remove_drafts(folder: Path) -> None:
+    """Removes the datasets that a process was making when it died."""
+    for draft in folder.glob(f"{PREFIX}*{_DRAFT_SUFFIX}"):
+        spool = folder / f"{'-'.join(draft.name.split('-')[:_PARTS_OF_A_NAME])}{SUFFIX}"
+        with _unwritten(spool) as file:
+            if file is not None or not spool.exists():
+                shutil.rmtree(draft, ignore_errors=True)
+
+
+def write_datasets(folder: Path) -> Iterator[Path]:
+    """As `finish_recordings`, in this process."""
+    remove_drafts(folder)
     damaged: list[Path] = []
     for path in sorted(folder.glob(f"{PREFIX}*{SUFFIX}")):
-        try:
-            file = path.open("rb")
-        except FileNotFoundError:  # another process finished it
-            continue
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue  # it is being written, or finished
-            if os.fstat(file.fileno()).st_nlink == 0:
+        with _unwritten(path) as file:
+            if file is None:
                 continue
             try:
                 facts, rows = read_spool(file)
-            except ValueError:
-                if path.stat().st_size == 0 or not _is_whole_head(path):
-                    path.unlink()  # killed before its first flush
-                else:
-                    damaged.append(path)
+            except EmptySpoolError:
+                path.unlink()
                 continue
-            finished += _write_datasets(folder, path.name.removeprefix(".").removesuffix(SUFFIX), facts, rows)
+            except ValueError:
+                damaged.append(path)
+                continue
+            yield from _write_datasets(folder, path.name.removeprefix(".").removesuffix(SUFFIX), facts, rows)
             path.unlink()
     if damaged:
         raise RecordingError(f"{damaged[0]}: expected the spool of a recording, it cannot be read as one")
-    return finished
 
 
-def _is_whole_head(path: Path) -> bool:
-    with path.open("rb") as file:
-        return len(file.read(16)) == 16
+@contextlib.contextmanager
+def _unwritten(spool: Path) -> Iterator[BinaryIO | None]:
+    """The spool, kept from everybody else; None where it is gone, being written, or being finished."""
+    try:
+        file = spool.open("rb")
+    except FileNotFoundError:
+        yield None
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        yield file if os.fstat(file.fileno()).st_nlink else None
 
 
 def _write_datasets(
@@ -171,8 +220,7 @@ class _Dataset:
         self._facts = facts
         self._name = name
         self._place = folder / name
-        self._draft = folder / f".{name}.partial"
-        shutil.rmtree(self._draft, ignore_errors=True)  # of an attempt that was killed
+        self._draft = folder / f".{name}{_DRAFT_SUFFIX}"
         self._draft.mkdir(mode=0o700)
         (self._draft / "data").mkdir(mode=0o700)
         data = self._draft / "data" / DATA_FILE

@@ -329,18 +329,24 @@ class Facts:
     monotonic_ns: int
 
 
+class EmptySpoolError(ValueError):
+    """Its writer was killed, or found the disk full, before anything was in it."""
+
+
 def read_spool(file: BinaryIO) -> tuple[Facts, Iterator[tuple[Layout, Array, Mapping[int, str]]]]:
     """What a spool holds, in order: rows of one layout, and the texts that their numbers stand for.
 
     Raises:
         ValueError: it is no spool. One that is cut off anywhere is read up to there.
+        EmptySpoolError: it is cut off before its first row could be.
     """
-    if file.read(len(_MAGIC)) != _MAGIC:
+    magic = file.read(len(_MAGIC))
+    if not _MAGIC.startswith(magic):
         raise ValueError("expected the spool of a recording")
     frames = _frames(file)
     kind, payload = next(frames, (b"", b""))
     if kind != b"H":
-        raise ValueError("expected the spool of a recording that began")
+        raise EmptySpoolError("expected the spool of a recording that began")
     return Facts(**json.loads(payload)), _rows(frames)
 
 
