@@ -20,16 +20,23 @@ _LATENCY_BINS = 50
 
 
 def draw_report(report: EpisodeReport, title: str) -> bytes:
-    """Returns of all episodes, latencies of all calls, modes of the first episode: a PNG of 1,800 × 1,200 pixels."""
-    figure = Figure(figsize=(12, 8), layout="constrained")
+    """Returns of all episodes, latencies of all calls, modes of the first episode: a PNG 1,800 pixels wide.
+
+    Where no mode acted in the first episode, there is no such panel.
+    """
+    has_modes = max(report.first_episode_modes) >= 0
+    figure = Figure(figsize=(12, 8 if has_modes else 5), layout="constrained")
     figure.suptitle(f"{title}\n{_outcome(report)}", fontsize=13, color=_INK)
-    panels = figure.subplot_mosaic([["returns", "latencies"], ["modes", "modes"]], height_ratios=(3, 2))
+    if has_modes:
+        panels = figure.subplot_mosaic([["returns", "latencies"], ["modes", "modes"]], height_ratios=(3, 2))
+        _draw_modes(panels["modes"], report)
+    else:
+        panels = figure.subplot_mosaic([["returns", "latencies"]])
     for axes in panels.values():
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=10)
     _draw_returns(panels["returns"], report)
     _draw_latencies(panels["latencies"], report.latencies_s * 1e3)
-    _draw_modes(panels["modes"], report)
     png = io.BytesIO()
     figure.savefig(png, dpi=150, format="png")
     return png.getvalue()
@@ -91,8 +98,7 @@ def _draw_modes(axes: Axes, report: EpisodeReport) -> None:
     edges = np.linspace(0, len(modes), min(len(modes), _MOST_COLUMNS) + 1).round().astype(int)
     widths = np.diff(edges)
     bottom = np.zeros(len(widths))
-    present = np.unique(modes)
-    for mode in present:
+    for mode in np.unique(modes):
         share = np.add.reduceat(modes == mode, edges[:-1], dtype=np.float64) / widths
         axes.bar(
             edges[:-1],
@@ -109,10 +115,7 @@ def _draw_modes(axes: Axes, report: EpisodeReport) -> None:
         bottom += share
     steps = "each step" if len(modes) == len(widths) else f"pieces of about {len(modes) / len(widths):.0f} steps"
     axes.set_title(f"Modes of the first episode, {steps}", fontsize=12, loc="left")
-    if (present == -1).all():
-        axes.text(0.5, 0.5, f"{report.variant} chooses no mode", transform=axes.transAxes, ha="center", fontsize=12)
-    else:
-        axes.legend(frameon=False, fontsize=10, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(frameon=False, fontsize=10, loc="upper left", bbox_to_anchor=(1, 1))
     axes.set_xlabel("step")
     axes.set_ylabel("share of the steps")
     axes.set_xlim(0, len(modes))
