@@ -206,14 +206,14 @@ def _checked(
     for key, array in arrays.items():
         shape: tuple[int, ...] = (rows,)
         if key.endswith(("observations", "actions")):
-            known = observation_dim if key.endswith("observations") else action_dim
-            shape = (rows, known or arrays[key.removeprefix("next_")].shape[-1])
             if array.ndim != 2 or array.shape[1] == 0:
                 raise DatasetError(f"{path}: {key}: expected shape [{rows}, dimensions], got {list(array.shape)}")
+            known = observation_dim if key.endswith("observations") else action_dim
+            shape = (rows, known or arrays[key.removeprefix("next_")].shape[1])
         elif array.shape == (rows, 1):
             array = array[:, 0]  # some files keep scalars as columns
         if array.shape != shape:
-            source = f" as of {fits}" if array.shape[0] == rows and len(shape) == 2 else ""
+            source = f" as of {fits}" if len(shape) == 2 and len(array) == rows else ""
             raise DatasetError(f"{path}: {key}: expected shape {list(shape)}{source}, got {list(array.shape)}")
         if array.dtype.kind not in "fiub":
             raise DatasetError(f"{path}: {key}: expected numbers, got dtype {array.dtype}")

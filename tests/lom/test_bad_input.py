@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 
 from lom import train
+from lom.dataset import DatasetError, load_transitions
 from lom.run import load_run
 from tests.bench import dataset_memory
 from tests.support.datasets import box, minari_episode, write_arrays, write_minari
 
 QUICK = ["--preset", "small", "--mixture-steps", "6", "--steps", "6"]
+FILE_KINDS = ("npz", "compressed npz", "hdf5", "minari")
 Make = Callable[[Path], Path]
 
 
@@ -173,6 +175,8 @@ REFUSED: dict[str, tuple[Make, list[str], str]] = {
     "flat actions": (npz(rows(actions=np.zeros(60))), [], "actions: expected shape [60, dimensions], got [60]"),
     "no action dimensions": (npz(rows(actions=np.zeros((60, 0)))), [], "actions: expected shape [60, dimensions]"),
     "a scalar": (npz(rows(observations=np.float32(1))), [], "expected at least one transition"),
+    "a scalar reward": (npz(rows(rewards=np.float32(1))), [], "rewards: expected shape [60], got []"),
+    "a scalar action": (npz(rows(actions=np.float32(1))), [], "actions: expected shape [60, dimensions], got []"),
     "text": (npz(rows(rewards=np.array(["1"] * 60))), [], "rewards: expected numbers, got dtype <U1"),
     "complex": (npz(rows(rewards=np.zeros(60, np.complex64))), [], "rewards: expected numbers"),
     "objects": (npz(rows(rewards=np.array([{}] * 60))), [], "pickled objects, which are never loaded"),
@@ -228,6 +232,26 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert said[-1].startswith("lom-train: ")
     assert not any("Traceback" in line or "lom-train" in line for line in said[:-1]), said
     return said[-1]
+
+
+@pytest.mark.parametrize("make", [npz(rows(20)), compressed, hdf5(rows(20)), minari()], ids=FILE_KINDS)
+def test_a_damaged_file_is_read_or_refused(tmp_path: Path, make: Make) -> None:
+    path = make(tmp_path)
+    if path.is_dir():
+        path = path / "data" / "main_data.hdf5"
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    refusals = 0
+    for _ in range(250):
+        data = bytearray(whole[: rng.integers(len(whole))] if rng.random() < 0.3 else whole)
+        for place in rng.integers(max(len(data), 1), size=rng.integers(20)):
+            data[place : place + 1] = rng.bytes(1)
+        path.write_bytes(data)
+        try:
+            load_transitions([path])
+        except DatasetError as error:
+            assert str(error).startswith(f"{path}: ")  # noqa: PT017
+            refusals += 1
+    assert refusals > 50
 
 
 def test_files_that_do_not_fit_each_other_are_refused_and_named(
