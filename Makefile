@@ -14,7 +14,7 @@ CPP_PACKAGES := g++ make cmake pkg-config libgrpc++-dev libprotobuf-dev protobuf
 SERVING_TESTS := tests/server tests/clients tests/protos tests/faults
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-serving test-cpp lint types roads protos requirements bench-learning bench-serving bench-control bench-export clean
+.PHONY: help setup demo test test-serving cpp-packages test-cpp lint types roads protos requirements bench-learning bench-serving bench-control bench-export clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -42,10 +42,14 @@ test-serving: ## those of the server and the client, in an environment without t
 	$(SERVING_VENV)/bin/python -c "import importlib.util as u; assert u.find_spec('torch') is None, 'torch is installed here'"
 	$(SERVING_VENV)/bin/python -m pytest $(SERVING_TESTS)
 
+cpp-packages: ## install what the C++ client is built with (Debian and Ubuntu; as root)
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(CPP_PACKAGES)
+
 test-cpp: setup ## the C++ client: golden traces, real and hostile servers; wants packages of the distribution
 	@mkdir -p $(CPP_BUILD)
 	@cmake -S clients/cpp -B $(CPP_BUILD) > $(CPP_BUILD)/configure.log 2>&1 || \
-	  { echo "test-cpp: $(CPP_BUILD)/configure.log says what is missing; apt-get install $(CPP_PACKAGES)" >&2; exit 1; }
+	  { echo "test-cpp: $(CPP_BUILD)/configure.log says what is missing; make cpp-packages installs it" >&2; exit 1; }
 	cmake --build $(CPP_BUILD) --parallel 2
 	ctest --test-dir $(CPP_BUILD) --output-on-failure
 	LOM_CPP_BUILD=$(CPP_BUILD) $(PYTHON) -m pytest tests/clients_cpp
