@@ -1,11 +1,15 @@
 """The spool: whole up to wherever its writer was cut off, and nothing that is not whole counts."""
 
 import io
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
+from lom_api.recording import finish_recordings
 from lom_api.recording.spool import OUTCOME, Layout, SpoolWriter, Step, floats, read_spool
 
 LAYOUT = Layout(
@@ -95,3 +99,100 @@ def test_a_step_that_does_not_fit_is_refused_and_leaves_no_trace(tmp_path: Path)
     with writer.path.open("rb") as file:
         ((_, rows, _),) = list(read_spool(file)[1])
     assert len(rows) == 1
+
+
+def step(number: int, **changes: Any) -> Step:
+    """Observes (number, 0, stream), acts number / 10,000; a millisecond after the one before."""
+    stream = changes.get("stream", 0)
+    values: dict[str, Any] = {
+        "observation": floats([number, 0, stream]),
+        "action": floats([number / 10_000]),
+        "sequence": number,
+        "monotonic_ns": number * 1_000_000,
+        "bundle_digest": f"d{number // 1000}",
+    }
+    return Step(**(values | changes))
+
+
+def episodes_of(folder: Path, steps: Iterable[Step], *, flush_every: int = 100, layout: Layout = LAYOUT) -> list[Any]:
+    """What becomes of them: by episode, the numbers that were observed, and the arrays of actions and infos."""
+    writer = SpoolWriter(folder)
+    for count, one in enumerate(steps):
+        writer.add(layout, one)
+        if count % flush_every == 0:
+            writer.flush()
+    writer.flush()
+    writer.close()
+    found = []
+    for path in finish_recordings(folder):
+        with h5py.File(path / "data" / "main_data.hdf5") as file:
+            for number in range(len(file)):
+                group = file[f"episode_{number}"]
+                numbers = group["observations/left"][:, 0].astype(int).tolist()
+                steps_of_it = len(numbers) - 1
+                assert len(group["actions"]) == len(group["rewards"]) == steps_of_it == group.attrs["total_steps"]
+                np.testing.assert_allclose(group["actions"][:, 0], np.array(numbers[:steps_of_it]) / 10_000, rtol=1e-6)
+                assert {len(info) for info in group["infos"].values()} == {steps_of_it + 1}
+                assert group["truncations"][:-1].sum() == group["terminations"][:-1].sum() == 0
+                assert group["truncations"][-1] != group["terminations"][-1]
+                found.append((numbers, {name: info[()] for name, info in group["infos"].items()}))
+    return found
+
+
+def test_a_long_episode_is_written_in_parts_and_is_one(tmp_path: Path) -> None:
+    """Beside another stream, whose steps come in between."""
+    mixed = [step(number, stream=stream) for number in range(1, 2601) for stream in (0, 7)]
+    (one, other) = episodes_of(tmp_path, mixed, flush_every=333)
+    for stream, (numbers, infos) in ((0, one), (7, other)):
+        assert numbers == list(range(1, 2601))
+        assert infos["sequence"].tolist() == numbers
+        assert set(infos["stream"]) == {stream}
+        assert infos["bundle_digest"].tolist() == [f"d{number // 1000}".encode() for number in numbers]
+
+
+@pytest.mark.parametrize("flush_every", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("seam", "before"),
+    [
+        ({"sequence": 8}, [1, 2, 3, 4]),
+        ({"epoch": 1}, [1, 2, 3, 4]),
+        ({"begins": True}, [1, 2, 3, 4]),
+        ({"monotonic_ns": 10**9 + 4_000_001}, [1, 2, 3, 4]),
+    ],
+    ids=["number", "epoch", "begin", "pause"],
+)
+def test_what_does_not_follow_is_another_episode(
+    tmp_path: Path, seam: dict[str, Any], before: list[int], flush_every: int
+) -> None:
+    later = [
+        step(
+            number,
+            sequence=seam.get("sequence", 5) + number - 5,
+            epoch=seam.get("epoch", 0),
+            begins=seam.get("begins", False) and number == 5,
+            monotonic_ns=seam.get("monotonic_ns", 5_000_000) + (number - 5) * 1_000_000,
+        )
+        for number in range(5, 8)
+    ]
+    found = episodes_of(tmp_path, [*map(step, range(1, 5)), *later], flush_every=flush_every)
+    assert [numbers for numbers, _ in found] == [before, [5, 6, 7]]
+
+
+def test_a_pause_as_long_as_is_allowed_is_none(tmp_path: Path) -> None:
+    steps = [step(1), step(2, monotonic_ns=1_000_000 + 10**9), step(3, monotonic_ns=1_000_000 + 2 * 10**9)]
+    assert [numbers for numbers, _ in episodes_of(tmp_path, steps)] == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("flush_every", [1, 2, 100])
+def test_what_is_not_finite_is_left_out_and_a_seam(tmp_path: Path, flush_every: int) -> None:
+    """An observation beyond float32 is as bad as NaN: nobody could train on it."""
+    steps = [step(number) for number in range(1, 8)]
+    steps[3] = step(4, observation=floats([np.nan, 0, 0]))
+    steps[6] = step(7, observation=floats([1e300, 0, 0]))
+    found = episodes_of(tmp_path, steps, flush_every=flush_every)
+    assert [numbers for numbers, _ in found] == [[1, 2, 3], [5, 6]]
+
+
+def test_one_observation_alone_is_no_episode(tmp_path: Path) -> None:
+    assert episodes_of(tmp_path, [step(1), step(10), step(20)]) == []
+    assert not list(tmp_path.iterdir())

@@ -47,6 +47,7 @@ _MINARI_VERSION = "0.5.3"
 _DRAFT_SUFFIX = ".partial"
 _PARTS_OF_A_NAME = 4
 _ROWS_AT_ONCE = 1024
+_WORTH_COMPRESSING_BYTES = 16_384
 _LONGEST_TEXT = 64
 _PLAIN_INFOS = (
     "is_answered",
@@ -471,6 +472,8 @@ def _put(group: Any, name: str, values: Array, at: int, *, grows: bool) -> None:
         group.create_dataset(
             name, data=values, maxshape=(None, *values.shape[1:]), chunks=chunk, compression="gzip", compression_opts=1
         )
+    elif name.startswith("infos/") and values.nbytes > _WORTH_COMPRESSING_BYTES:  # the same digest, a thousand times
+        group.create_dataset(name, data=values, chunks=values.shape, compression="gzip", compression_opts=1)
     else:
         group.create_dataset(name, data=values)
 
