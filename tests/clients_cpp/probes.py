@@ -4,10 +4,10 @@ import json
 import os
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, Self, TypeAlias, TypeVar
 
 from tests.support.servers import wait_until
 
@@ -16,6 +16,7 @@ BUILD = os.environ.get("LOM_CPP_BUILD", "")
 """Folder that CMake built into; empty where nobody asked for these tests."""
 
 Json: TypeAlias = dict[str, Any]
+_Item = TypeVar("_Item")
 
 
 def program(name: str) -> str:
@@ -192,12 +193,12 @@ def judge(probe: LoopProbe) -> None:
         if action["source"] != "fresh":
             continue
         assert 0 <= action["age_s"] <= max_age_s
-        used = round(action["values"][0] * probe.config.get("scale", 1) * 1e5)
+        used = round(action["values"][0] * 1e5)
         assert last_used < used <= action["tick"]
         assert used == action["tick"] or not waits
         last_used = used
 
 
-def count(actions: list[Json], found: Callable[[Json], bool]) -> int:
+def count(items: Iterable[_Item], found: Callable[[_Item], bool]) -> int:
     """How many of them are so."""
-    return sum(map(found, actions))
+    return sum(map(found, items))

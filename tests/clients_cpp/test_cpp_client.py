@@ -7,6 +7,8 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -351,13 +353,16 @@ def test_nan_observations_are_named_and_not_sent(server: FakePolicyServer) -> No
 
 
 def test_a_switch_drops_the_answers_of_before(server: FakePolicyServer) -> None:
+    def acts(variant: str) -> bool:
+        return loop.last["source"] == "fresh" and (loop.last["mode"] is not None) == (variant == "greedy_mode")
+
     with running_loop(server.target, **PERIODS) as loop:
+        loop.wait_for("fresh")
         for variant in ("greedy_mode", "actor") * 5:
             loop.say(f"switch {variant}")
-            loop.wait_ticks(3)
-        loop.say("switch greedy_mode")
-        wait_until(lambda: loop.last.get("mode") is not None, "the other variant")
-    assert {request.variant for request in server.requests} == {"greedy_mode", "actor"}
+            wait_until(partial(acts, variant), f"{variant} to act")
+    by_modes = [action["mode"] is not None for action in loop.actions if action["source"] == "fresh"]
+    assert count(pairwise(by_modes), lambda pair: pair[0] != pair[1]) == 10
 
 
 def test_an_operator_stops_and_rearms(server: FakePolicyServer) -> None:
