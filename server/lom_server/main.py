@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from lom_server.admin_client import COMMANDS, run_command
 from lom_server.config import ServerConfig
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if command == "doctor":
         sys.exit(run_doctor(settings.config))
+    if find_spec("onnxruntime") is None:
+        sys.exit(_refusal("onnxruntime is missing: pip install 'lom[server]'", EXIT_REFUSED))
     configure_logs(settings.config.log_format, settings.config.log_level)
     try:
         was_clean = asyncio.run(_serve_until_signalled(settings.config))

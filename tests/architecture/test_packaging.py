@@ -1,5 +1,6 @@
 """What a user installs: six import packages, and roads that only go one way."""
 
+import importlib
 import subprocess
 import sys
 import zipfile
@@ -45,7 +46,8 @@ def test_a_room_loads_only_what_it_may(statement: str, forbidden: set[str]) -> N
 def test_a_missing_extra_is_one_line(package: str, missing: str, said: str) -> None:
     module = "lom_client.main" if package == "lom_client" else f"{package}.__main__"
     program = f"import sys; sys.modules[{missing!r}] = None; import {module} as p; sys.exit(p.main())"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    # A folder for those who complain of nothing before they have one.
+    done = subprocess.run([sys.executable, "-c", program, "."], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert done.stderr.strip() == said
 
@@ -78,14 +80,13 @@ def test_no_file_names_a_registry_and_pins_are_bare() -> None:
     assert not (PROJECT / "uv.lock").exists()
 
 
-def test_the_stubs_belong_to_the_contract() -> None:
+@pytest.mark.parametrize("name", ["policy", "admin"])
+def test_the_stubs_belong_to_the_contract(name: str) -> None:
     """The checked-in descriptor says what the .proto file says, to the comment-free letter."""
-    from lom_api.v1 import policy_pb2
-
-    text = (PROJECT / "protos" / "lom_api" / "v1" / "policy.proto").read_text()
-    file = policy_pb2.DESCRIPTOR
+    text = (PROJECT / "protos" / "lom_api" / "v1" / f"{name}.proto").read_text()
+    file = importlib.import_module(f"lom_api.v1.{name}_pb2").DESCRIPTOR
     for name, message in file.message_types_by_name.items():
-        body = text.split(f"message {name} {{", 1)[1].split("\n}", 1)[0]
+        body = text.split(f"message {name} {{", 1)[1].split("}", 1)[0]
         declared = [line.split("//")[0].strip() for line in body.splitlines()]
         fields = {
             line.split("=")[0].split()[-1]: int(line.split("=")[1].strip(" ;")) for line in declared if "=" in line
@@ -93,4 +94,6 @@ def test_the_stubs_belong_to_the_contract() -> None:
         assert fields == {field.name: field.number for field in message.fields}, name
     (service,) = file.services_by_name.values()
     for method in service.methods:
-        assert f"rpc {method.name}({method.input_type.name}) returns ({method.output_type.name})" in text
+        asked = "stream " * method.client_streaming + method.input_type.name
+        answered = "stream " * method.server_streaming + method.output_type.name
+        assert f"rpc {method.name}({asked}) returns ({answered})" in text
