@@ -189,28 +189,34 @@ class ModeSelection:
     standard_error: float
 
 
+TWO_PUSHES_CONFIG = replace(
+    PRESETS["small"],
+    mixture_steps=500,
+    steps=1500,
+    num_components=4,
+    discount=TWO_PUSHES.discount,
+    target_noise_std=0.0,
+    target_update_rate=0.02,
+)
+
+
+def behave_in_two_pushes(rng: np.random.Generator, rows: int = 10_000) -> Transitions:
+    """Single steps of the behaviour from states all over [-1.5, 1.5]."""
+    states = rng.uniform(-1.5, 1.5, (rows, 1))
+    actions = TWO_PUSHES.behave(states, rng)
+    rewards, following = TWO_PUSHES.step(states, actions, rng)
+    return transitions_of(states, actions, rewards, following, TWO_PUSHES.behave(following, rng))
+
+
 def select_in_linear_quadratic(
-    *, seed: int = 0, rows: int = 10_000, config: TrainConfig | None = None
+    *, seed: int = 0, rows: int = 10_000, config: TrainConfig = TWO_PUSHES_CONFIG
 ) -> ModeSelection:
     """Experiment 2: trains on transitions of `TWO_PUSHES` and compares with its exact hyper-Q.
 
     States with a margin are those where the exact values of both pushes differ by more than a tenth of their spread.
     """
     problem, rng = TWO_PUSHES, np.random.default_rng(seed)
-    states = rng.uniform(-1.5, 1.5, (rows, 1))
-    actions = problem.behave(states, rng)
-    rewards, following = problem.step(states, actions, rng)
-    data = transitions_of(states, actions, rewards, following, problem.behave(following, rng))
-    config = config or replace(
-        PRESETS["small"],
-        mixture_steps=500,
-        steps=1500,
-        num_components=4,
-        discount=problem.discount,
-        target_noise_std=0.0,
-        target_update_rate=0.02,
-    )
-    policy = trained(data, replace(config, seed=seed)).policy
+    policy = trained(behave_in_two_pushes(rng, rows), replace(config, seed=seed)).policy
 
     grid = np.linspace(-1.2, 1.2, 401)[:, None]
     exact = problem.hyper_values(grid)
