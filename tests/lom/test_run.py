@@ -48,6 +48,22 @@ def test_an_existing_folder_is_never_touched(tmp_path: Path) -> None:
     assert list((tmp_path / "run").iterdir()) == []
 
 
+def test_what_a_killed_start_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    left = tmp_path / ".run.partial"
+    left.mkdir()
+    (left / "half").touch()
+    create_run(tmp_path / "run", SPEC)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [RUN_FILE]
+
+
+def test_a_run_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot be written: Not a directory"):
+        create_run(tmp_path / "file" / "run", SPEC)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_a_failed_save_keeps_the_old_checkpoint(tmp_path: Path) -> None:
     samples = samples_of(np.zeros((6, 2), np.float32))
     save_checkpoint(tmp_path, {"a": torch.ones(1)}, samples)

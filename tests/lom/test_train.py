@@ -73,11 +73,12 @@ def start(settings: list[str], out: Path, *more: str) -> "subprocess.Popen[bytes
     )
 
 
-def wait_for_step(out: Path, step: int) -> None:
+def wait_for_step(process: "subprocess.Popen[bytes]", out: Path, step: int) -> None:
     """Until a checkpoint says that so many steps of both stages were done, or the run was begun where it is 0."""
     deadline = time.monotonic() + 100
     while not (out / "run.json").exists() if step == 0 else steps_done(out) < step:
         assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
 
 
@@ -96,7 +97,7 @@ def test_a_terminated_run_saves_the_step_in_hand_and_resumes_to_the_same_result(
 ) -> None:
     out = tmp_path / "run"
     process = start(settings, out)
-    wait_for_step(out, 50)
+    wait_for_step(process, out, 50)
     os.kill(process.pid, signal.SIGTERM)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
@@ -113,7 +114,7 @@ def test_a_run_killed_at_random_steps_resumes_to_the_same_result(
     middle = rng.randrange(1, sum(STEPS) - 400)
     for resume, step in (([], 0), (["--resume"], middle)):
         process = start(settings, out, *resume)
-        wait_for_step(out, step)
+        wait_for_step(process, out, step)
         time.sleep(rng.uniform(0, 0.05))  # in the middle of a step, or of a save
         process.kill()
         _, stderr = process.communicate(timeout=60)
