@@ -214,6 +214,18 @@ def test_a_stream_is_kept_open_and_closed_with_the_client(server: FakePolicyServ
         wait_until(lambda: server.open_streams == 0, "the stream to end")
 
 
+def test_inputs_go_by_their_names(server: FakePolicyServer) -> None:
+    server.spec.inputs.add().CopyFrom(server.spec.inputs[0])
+    server.spec.inputs[1].name = "goal"
+    with ActProbe(server.target) as client:
+        assert client.act(inputs={"goal": [7, 8, 9], "observation": ROW})["actions"] == pytest.approx(ROW[:2])
+        assert client.act(inputs={"goal": [7, 8, 9]})["reason"] == "MISSING_INPUT"
+        assert client.act(inputs={"goal": ROW, "observation": ROW * 2})["reason"] == "BATCH_MISMATCH"
+        assert client.act(ROW)["reason"] == "UNKNOWN_INPUT"
+    (request,) = server.requests
+    assert [tensor.name for tensor in request.inputs] == ["observation", "goal"]
+
+
 def test_another_contract_after_a_restart_is_refused(server: FakePolicyServer) -> None:
     with ActProbe(server.target) as client:
         client.act(ROW)
@@ -422,7 +434,7 @@ def test_closing_does_not_wait_for_a_call_in_flight(server: FakePolicyServer, us
 def test_no_step_allocates_while_a_real_server_answers(ways: Mapping[str, Way], use_stream: bool) -> None:
     config: Json = {"period_s": 0.002, "max_age_s": 0.02, "quiet": True, "use_stream": use_stream}
     with running_loop(ways["grpc"].target, **config) as loop:
-        time.sleep(4)
+        time.sleep(2.5)
     print(loop.end["end"])
     assert loop.end["measured_ticks"] > 500
     assert loop.end["allocated"] == 0

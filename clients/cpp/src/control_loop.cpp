@@ -30,6 +30,7 @@ constexpr std::int64_t kStalledPeriods = 5;
 constexpr std::int64_t kLookAroundNs = 100'000'000;
 constexpr std::size_t kMostInputs = 16;
 constexpr std::size_t kLongestName = 64;
+constexpr std::size_t kUsualNumbers = 4096;
 constexpr std::size_t kMostNumbers = 1024 * 1024;
 
 double seconds(std::int64_t ns) { return static_cast<double>(ns) * 1e-9; }
@@ -104,6 +105,8 @@ class ControlLoop::Impl {
     regime_ = regimes_.back().get();
     state_ = regime_->levels.begin(contract_hash);
     action_.values.resize(regime_->levels.rules().width());
+    questions_.prepare_each([](Question& question) { question.values.reserve(kUsualNumbers); });
+    observation_.reserve(kUsualNumbers);
     if (on_event) {
       reporter_ = std::make_unique<EventReporter>(std::move(on_event),
                                                   kStalledPeriods * regime_->levels.rules().period_ns);

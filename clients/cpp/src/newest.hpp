@@ -13,6 +13,14 @@ namespace lom_client {
 template <typename Message>
 class Newest {
  public:
+  /// Has `prepare` see every message, before there are two threads.
+  template <typename Prepare>
+  void prepare_each(Prepare prepare) {
+    for (Message& message : messages_) {
+      prepare(message);
+    }
+  }
+
   /// To be filled by the writer, then published. It holds what was written three messages ago.
   Message& draft() { return messages_[written_]; }
 

@@ -2,7 +2,7 @@
 //
 //   act_probe TARGET CONFIG
 //
-// A question is {"rows", "deadline_s", "variant", ...}, null a NaN; "close" closes the client.
+// A question is {"rows" or "inputs", "deadline_s", "variant", ...}, null a NaN; "close" closes the client.
 
 #include <cmath>
 #include <iostream>
@@ -67,8 +67,18 @@ Json answer(lom_client::PolicyClient& client, const Json& question) {
     options.hysteresis_width = question.value("hysteresis_width", 0.0f);
   }
   const std::chrono::duration<double> deadline(question.value("deadline_s", 10.0));
-  const auto actions =
-      client.act(values, std::chrono::duration_cast<std::chrono::nanoseconds>(deadline), options);
+  std::vector<std::pair<std::string, std::vector<float>>> named;
+  const Json by_name = question.value("inputs", Json::object());
+  for (const auto& [name, numbers] : by_name.items()) {
+    named.emplace_back(name, numbers.get<std::vector<float>>());
+  }
+  std::vector<lom_client::Input> inputs;
+  for (const auto& [name, numbers] : named) {
+    inputs.emplace_back(name, numbers);
+  }
+  const auto budget = std::chrono::duration_cast<std::chrono::nanoseconds>(deadline);
+  const auto actions = inputs.empty() ? client.act(values, budget, options)
+                                      : client.act(lom_client::Span<const lom_client::Input>(inputs), budget, options);
   return actions ? said(*actions) : said(actions.error());
 }
 

@@ -131,7 +131,7 @@ int main(int argc, char** argv) {
   try {
     const Json options = Json::parse(argv[2]);
     const bool is_quiet = options.value("quiet", false);
-    const std::int64_t warm_up = options.value("warm_up", 200);
+    const std::int64_t warm_up = options.value("warm_up", 0);
     lom_client::ClientConfig client_config;
     client_config.use_stream = options.value("use_stream", false);
     lom_client::PolicyClient client(argv[1], client_config);

@@ -97,8 +97,8 @@ struct LoopCounters {
 ///
 /// This library is not a certified safety function: the robot's own limits and its emergency stop stay in force.
 ///
-/// Threads: `step` belongs to one control thread, which does no I/O, takes no lock, and allocates nothing after its first
-/// ticks. Everything else may be called from any other thread. `step` in a process that was forked off stops: its reason is
+/// Threads: `step` belongs to one control thread, which does no I/O, takes no lock, and allocates nothing where the
+/// observation has at most 4096 numbers; slots for longer ones grow once. Everything else may be called from any other thread. `step` in a process that was forked off stops: its reason is
 /// `FORKED`.
 class ControlLoop {
  public:
