@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lom import losses
+from lom import losses, train
 from lom.config import PRESETS, TASKS, TrainConfig, preset_config
+from lom.envs.fork import fork_demonstrations
 from lom.learner import Learner
 from lom.networks import LOG_STD_MAX, BehaviourMixture, Mixture
+from lom.run import load_run
 from lom.study.experiments import (
     TWO_PUSHES,
     TWO_PUSHES_CONFIG,
@@ -366,3 +369,20 @@ def test_every_preset_trains(preset: str, task: str | None) -> None:
     for _ in learner.remaining():
         pass
     assert all(np.isfinite(value) for value in learner.metrics().values())
+
+
+def test_preset_and_task_reach_the_run_and_flags_override_them(tmp_path: Path) -> None:
+    np.savez(tmp_path / "fork.npz", **fork_demonstrations(episodes=20))  # type: ignore[arg-type]
+    small = ["--mixture-steps", "3", "--steps", "3", "--hidden", "8", "--mixture-hidden", "8", "--hyper-batch", "16"]
+    chosen = ["--preset", "faithful", "--task=hopper-medium-like", "--num-critics", "2"]
+    train.main([str(tmp_path / "fork.npz"), "--out", str(tmp_path / "run"), *chosen, *small])
+    config = load_run(tmp_path / "run").spec.config
+    assert (config.num_components, config.hyper_head, config.min_mixing_weight) == (5, "one_hot", 0.0)
+    assert (config.num_critics, config.steps) == (2, 3)
+
+
+def test_an_unknown_task_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        train.main(["gone.npz", "--out", str(tmp_path / "run"), "--task", "Hopper-medium"])
+    assert caught.value.code == 2
+    assert "--task: expected one of" in capsys.readouterr().err
