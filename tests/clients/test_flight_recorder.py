@@ -351,6 +351,23 @@ def test_what_is_being_written_is_left_alone(client: PolicyClient, tmp_path: Pat
     assert metadata["total_steps"] == 1
 
 
+def test_a_process_that_was_forked_off_neither_finishes_nor_holds_a_recording(
+    client: PolicyClient, tmp_path: Path
+) -> None:
+    program = (
+        "import os, sys, time; from lom_client import FlightRecorder; recorder = FlightRecorder(sys.argv[1])\n"
+        "if os.fork() == 0:\n    recorder.close(); time.sleep(60); os._exit(0)\n"
+        "time.sleep(1); print(*os.listdir(sys.argv[1]), flush=True); recorder.close(); print(os.listdir(sys.argv[1]))\n"
+        "os.kill(0, 9)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    during, after = done.stdout.splitlines()
+    assert during.endswith(".spool")
+    assert after == "[]"
+
+
 def test_a_robot_needs_no_h5py(client: PolicyClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "h5py", None)

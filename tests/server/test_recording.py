@@ -1,11 +1,13 @@
 """`lom-serve --record`: what was answered is in a dataset afterwards, whatever became of the server."""
 
 import json
+import re
 import stat
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,15 @@ ROBOT = np.array([[0.1, -0.2, 0.3], [0.4, 0.5, -0.6], [0.7, 0.8, 0.9], [-0.1, -0
 def ask(server: ServerProcess, rows: Any, **options: Any) -> list[Any]:
     with PolicyClient(f"grpc://{server.address}") as client:
         return [client.act(row, deadline_s=10, **options) for row in rows]
+
+
+def counted(server: ServerProcess) -> dict[str, int]:
+    """What the metrics say of the recording."""
+    (address,) = re.findall(r"metrics=(\S+)", "\n".join(server.stdout))
+    page = urllib.request.urlopen(f"http://{address}/metrics", timeout=10).read().decode()
+    return {
+        name: int(float(value)) for name, value in re.findall(r"^(lom_\w*recorded_answers)_total (\S+)$", page, re.M)
+    }
 
 
 def the_dataset(folder: Path) -> Path:
@@ -186,10 +197,12 @@ def test_the_limit_has_a_range(megabytes: int) -> None:
 def test_the_limit_is_for_the_whole_folder(toy_bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "flight-before-v0").mkdir()
     (tmp_path / "flight-before-v0" / "data").write_bytes(bytes(2**20))
-    with running_server(toy_bundle, "--record", str(tmp_path), "--record-max-mb", "1") as server:
+    options = ("--record", str(tmp_path), "--record-max-mb", "1", "--metrics-listen", "127.0.0.1:0")
+    with running_server(toy_bundle, *options) as server:
         ask(server, ROBOT)
         time.sleep(3 * FLUSH_S)
         assert len(ask(server, ROBOT)) == 4
+        wait_until(lambda: counted(server) == {"lom_recorded_answers": 0, "lom_unrecorded_answers": 8}, "the metrics")
         server.terminate()
     assert sum("reached their 1 MiB" in line for line in server.stderr) == 1
 

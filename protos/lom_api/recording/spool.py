@@ -253,6 +253,7 @@ class SpoolWriter:
 
     def close(self) -> None:
         """Lets go of the file; what was not flushed is lost."""
+        fcntl.flock(self._fd, fcntl.LOCK_UN)  # a process that was forked off meanwhile would keep it
         os.close(self._fd)
 
     def _packed(self, layout: Layout, step: Step) -> bytes:
