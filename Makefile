@@ -14,7 +14,7 @@ CPP_PACKAGES := g++ make cmake pkg-config libgrpc++-dev libprotobuf-dev protobuf
 SERVING_TESTS := tests/server tests/clients tests/protos tests/faults
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-serving cpp-packages test-cpp lint types roads protos requirements bench-learning bench-serving bench-control bench-export clean
+.PHONY: help setup demo test test-serving cpp-packages test-cpp lint types roads protos requirements bench-learning bench-data bench-serving bench-control bench-export clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -80,13 +80,17 @@ requirements: setup ## pin again what pyproject.toml asks for
 bench-learning: setup ## learning benchmarks; results accumulate in build/bench/learning.json
 	$(PYTHON) -m tests.bench.learning
 
+bench-data: setup ## memory of a training with a million rows
+	$(PYTHON) -m tests.bench.dataset_memory
+
 bench-serving: setup ## swaps, failed loads, overload, transports, what the batcher and the metrics cost
 	$(PYTHON) -m tests.bench.serving
 	$(PYTHON) -m tests.bench.overload
 	$(PYTHON) -m tests.bench.observability
 
-bench-control: setup ## lateness of the control loop over a bare sleep loop; 300 kills of the server
+bench-control: setup ## lateness of the control loop over a bare sleep loop; kills and other faults; what recording costs
 	$(PYTHON) -m tests.bench.control_loop
+	$(PYTHON) -m tests.bench.recorder
 
 bench-export: setup ## what bundles cost and what their warnings see; wants LOM_BENCH_DATA=FOLDER
 	$(PYTHON) -m tests.bench.bundles
