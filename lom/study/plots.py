@@ -59,6 +59,7 @@ def mixture(fits: Mapping[tuple[int, float], Sequence[MixtureFit]], path: Path) 
     right.set(xlabel="observation", ylabel="first action dimension", title=f"{shown.true_means.shape[1]} modes")
     right.legend(frameon=False, fontsize=8, loc="upper center", ncols=2)
     right.set_ylim(top=1.25 * right.get_ylim()[1])
+    right.locator_params(axis="x", nbins=5)
     _save(figure, path)
 
 
