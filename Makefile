@@ -14,7 +14,7 @@ CPP_PACKAGES := g++ make cmake pkg-config libgrpc++-dev libprotobuf-dev protobuf
 SERVING_TESTS := tests/server tests/clients tests/protos tests/faults
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-serving cpp-packages test-cpp lint types roads protos requirements bench-learning bench-data bench-serving bench-control bench-export clean
+.PHONY: help setup demo test test-serving cpp-packages test-cpp lint types roads protos requirements study bench-learning bench-data bench-serving bench-control bench-export clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -79,6 +79,9 @@ requirements: setup ## pin again what pyproject.toml asks for
 
 bench-learning: setup ## learning benchmarks; results accumulate in build/bench/learning.json
 	$(PYTHON) -m tests.bench.learning
+
+study: setup ## LOM against problems with exact answers; renews the pictures in docs/
+	$(PYTHON) -m lom.study
 
 bench-data: setup ## memory of a training with a million rows
 	$(PYTHON) -m tests.bench.dataset_memory

@@ -14,7 +14,7 @@ import torch
 from lom.envs.fork import fork_demonstrations
 from lom.run import load_run
 from lom_bundle import read_bundle
-from lom_client import ContractMismatch, PolicyClient, PolicyNotFound
+from lom_client import ContractMismatch, InvalidRequest, PolicyClient, PolicyNotFound
 from tests.support.servers import ServerProcess, running_server, start_server_process
 
 QUICK = ["--preset", "small", "--mixture-steps", "300", "--steps", "300", "--eval-episodes", "3"]
@@ -94,7 +94,9 @@ def test_every_answer_names_the_bundle_and_the_variant_that_ran(folder: Path, ta
     assert default.policy == "fork-v0"
     assert set(default.scores) == set(actor.scores) == {"state_score", "action_score"}
     with PolicyClient(target) as client:
-        nowhere = client.act(np.array([60.0, -60.0]), deadline_s=10.0)  # degrees for radians, say
+        nowhere = client.act(np.array([-1.4, 1.4]), deadline_s=10.0)  # where no demonstrator went
+        with pytest.raises(InvalidRequest, match=r"^OBS_OUT_OF_RANGE: "):
+            client.act(np.array([60.0, -60.0]), deadline_s=10.0)  # degrees for radians, say
     assert bool(nowhere.scores["state_score"].warns)
 
 
@@ -134,7 +136,9 @@ def test_a_busy_port_is_one_clear_line(folder: Path, server: ServerProcess) -> N
 def test_a_run_is_no_bundle(folder: Path) -> None:
     refused = start_server_process(folder / "run")
     assert refused.wait() != 0
-    assert refused.stderr == ["lom-serve: BUNDLE_INCOMPLETE: manifest.json: expected a file, found none"]
+    assert refused.stderr == [
+        "lom-serve: BUNDLE_NOT_FOUND: expected at least one POLICY/VERSION/ with a bundle, found none"
+    ]
 
 
 def test_a_client_keeps_to_its_contract_when_the_server_returns_with_another(folder: Path, tmp_path: Path) -> None:
@@ -168,4 +172,4 @@ def answer_when_reachable(client: PolicyClient) -> None:
 def test_sigterm_ends_a_server_cleanly(folder: Path) -> None:
     with running_server(folder / "bundle") as server:
         assert server.terminate() == 0
-    assert server.stderr == []
+    assert [line for line in server.stderr if " INFO " not in line] == []
