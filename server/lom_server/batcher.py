@@ -17,8 +17,9 @@ The rules, each proved by a test of the same number in `tests/server/test_batche
 8. Clients take turns. The client whose turn it is chooses the lane, by its oldest entry; the batch is filled with the
    rows of whoever has fewest in it. In a full queue everyone is entitled to an equal share, and whoever asks for no
    more gets it from the newest entries of the client that holds most.
-9. No queue stands. Where it has not been empty for a tenth of a second, more is asked than can be answered, and waiting
-   makes no answer more, only older: no more may wait then than two runs of each lane.
+9. No queue stands in anybody's way. Where it has not been empty for a tenth of a second, and has made somebody's
+   deadline infeasible, more is asked than can be answered, and waiting makes no answer more, only older: until it is
+   empty again, no more may wait than two runs of each lane.
 
 Knows neither transport nor runtime: an `Engine` is anything that turns rows into rows.
 """
@@ -275,6 +276,7 @@ class MicroBatcher:
         # No entry that waits has an earlier deadline: until then nobody need look for those that have expired.
         self._earliest_deadline_ns = _NEVER_NS
         self._last_empty_ns = clock_ns()
+        self._is_in_the_way = False
         self._engine_is_busy = False
         self._engine_free_ns = 0
         self._turn_is_scheduled = False
@@ -316,11 +318,10 @@ class MicroBatcher:
             raise PolicyError(Reason.BATCH_TOO_LARGE, f"expected at most {self._max_batch_rows} rows, got {count}")
         if deadline_ns <= now_ns:
             raise PolicyError(Reason.DEADLINE_EXCEEDED, "the deadline was over on arrival")
-        if not self._waiting[Priority.LIVE].rows:
-            self._last_empty_ns = now_ns
-        self._check_room(client, priority, count, now_ns)
+        self._note_whether_empty(now_ns)
+        self._check_room(client, priority, count)
         self._check_time(lane, client, priority, count, deadline_ns, now_ns)
-        self._make_room(priority, count, now_ns)
+        self._make_room(priority, count)
         entry = _Entry(
             lane=lane,
             rows=rows,
@@ -350,27 +351,32 @@ class MicroBatcher:
                 self._dismiss(entry, _closed())
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _room(self, priority: Priority, now_ns: int) -> int:
+    def _note_whether_empty(self, now_ns: int) -> None:
+        if not self._waiting[Priority.LIVE].rows:
+            self._last_empty_ns = now_ns
+            self._is_in_the_way = False
+
+    def _room(self, priority: Priority) -> int:
         """Rows that may wait at `priority`."""
         live = self._waiting[Priority.LIVE]
         if priority is Priority.LIVE:
-            if now_ns - self._last_empty_ns <= _STANDING_NS:
+            if not self._is_in_the_way:
                 return self._max_queue_rows
             return min(self._max_queue_rows, _RUNS_THAT_MAY_WAIT * self._max_batch_rows * len(live.lanes))
         return min(self._max_queue_rows // 2, self._max_queue_rows - live.rows)
 
-    def _check_room(self, client: str, priority: Priority, count: int, now_ns: int) -> None:
-        waiting, room = self._waiting[priority], self._room(priority, now_ns)
+    def _check_room(self, client: str, priority: Priority, count: int) -> None:
+        waiting, room = self._waiting[priority], self._room(priority)
         if waiting.rows + count <= room:
             return
         clients = len(waiting.clients) + (client not in waiting.clients)
         if waiting.held_by(client) + count > room // clients:
             raise self._queue_full(f"expected at most {room} waiting rows, got {count} more than {waiting.rows}")
 
-    def _make_room(self, priority: Priority, count: int, now_ns: int) -> None:
+    def _make_room(self, priority: Priority, count: int) -> None:
         """Dismisses what is in the way of an entry that `_check_room` let pass."""
         waiting, shadow = self._waiting[priority], self._waiting[Priority.BATCH]
-        while waiting.rows + count > self._room(priority, now_ns) or self.waiting_rows + count > self._max_queue_rows:
+        while waiting.rows + count > self._room(priority) or self.waiting_rows + count > self._max_queue_rows:
             newest = (shadow if shadow.rows else waiting).newest_of_largest()
             self._dismiss(newest, self._queue_full("its place in the queue went to a caller with a better claim"))
 
@@ -385,6 +391,8 @@ class MicroBatcher:
         if end_ns > deadline_ns and waiting.rows:  # behind all that waits it would be late: behind whom will it be?
             end_ns = self._end_ns(lane, priority, count, waiting.rows_before(client, count), now_ns)
         if end_ns > deadline_ns:
+            if priority is Priority.LIVE and now_ns - self._last_empty_ns > _STANDING_NS:
+                self._is_in_the_way |= self._end_ns(lane, priority, count, {}, now_ns) <= deadline_ns
             raise PolicyError(
                 Reason.DEADLINE_INFEASIBLE,
                 f"expected {(end_ns - now_ns) / 1e6:.1f} ms or more until the deadline, "
@@ -472,8 +480,7 @@ class MicroBatcher:
                 entries = self._chosen(waiting, lane, now_ns)
                 if entries:
                     waiting.take(entries)
-                    if not self._waiting[Priority.LIVE].rows:
-                        self._last_empty_ns = now_ns
+                    self._note_whether_empty(now_ns)
                     return _Batch(lane=lane, entries=entries, count=_rows_of(entries), formed_ns=now_ns)
         return None
 

@@ -15,7 +15,6 @@ import pytest
 from numpy.typing import NDArray
 
 from lom_api.reasons import Reason
-from lom_server import batcher as batcher_module
 from lom_server.batcher import INLINE_LIMIT_NS, Answer, Lane, MicroBatcher, Priority, Rows, rows_worth_inlining
 from lom_server.costs import RunCost
 from lom_server.errors import PolicyError
@@ -1015,8 +1014,7 @@ def test_overload_leaves_the_goodput(
     server.run(work)
 
 
-def test_overload_without_admission_leaves_next_to_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batcher_module, "_STANDING_NS", 2**63)
+def test_overload_without_admission_by_deadline_leaves_next_to_nothing() -> None:
     server = SimulatedServer(max_batch_rows=8, run_ms=6, row_ms=0.5, has_admission=False)
 
     async def work() -> None:
@@ -1026,15 +1024,34 @@ def test_overload_without_admission_leaves_next_to_nothing(monkeypatch: pytest.M
     server.run(work)
 
 
-def test_no_queue_stands() -> None:
+def test_no_queue_stands_in_the_way() -> None:
     server = SimulatedServer(max_batch_rows=1, run_ms=10, row_ms=0)
 
     async def work() -> None:
-        overloaded = await server.offer(200, seconds=3, deadline_ms=1000)
+        overloaded = await server.offer(200, seconds=3, deadline_ms=200)
         assert overloaded.outcomes["answered"] > 0.95 * 95 * 3
-        # Two that wait, one that runs; without the rule, 1000 ms.
+        # Two that wait, one that runs; without the rule, 200 ms.
         assert max(overloaded.answered_ms[-200:]) <= 1.1 * 3 * 10
-        assert overloaded.outcomes[Reason.QUEUE_FULL] > 0.9 * (200 - 100) * 3
+        assert overloaded.outcomes[Reason.QUEUE_FULL] > 0.7 * (200 - 100) * 3
+
+    server.run(work)
+
+
+def test_a_queue_in_nobodys_way_may_stand() -> None:
+    """Neither in the way of those who have time, nor of those whom nothing would help."""
+    server = SimulatedServer(max_batch_rows=1, run_ms=10, row_ms=0)
+
+    async def ask_in_turn(name: str) -> None:
+        for _ in range(10):
+            far_ns = server.loop.now_ns() + 1000 * MS
+            await server.batcher.submit(server.lane, rows_of(1), far_ns, client=name)
+
+    async def work() -> None:
+        async with asyncio.TaskGroup() as group:
+            hopeless = group.create_task(server.offer(50, seconds=1.5, deadline_ms=5))
+            for name in "abcdefghijklmnop":
+                group.create_task(ask_in_turn(name))
+        assert hopeless.result().outcomes == {Reason.DEADLINE_INFEASIBLE: 75}
 
     server.run(work)
 
