@@ -13,9 +13,6 @@ from lom_api.reasons import Reason
 from lom_server.config import ServerConfig
 from lom_server.control import ControlError
 
-_LOWEST_PRIORITY = 19
-"""Robots are being answered meanwhile. Set from here, as importing the runtime is a good part of the work."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
@@ -30,8 +27,11 @@ class Proof:
     costs: Mapping[str, Mapping[int, int]]
 
 
-async def prove(bundle: Path, config: ServerConfig) -> Proof:
+async def prove(bundle: Path, config: ServerConfig, *, yields: bool = False) -> Proof:
     """Proves `bundle` in a process of its own, away from this event loop, within the configured time and memory.
+
+    Args:
+        yields: it has only the processor time that nobody else wants, as robots are being answered meanwhile.
 
     Raises:
         ControlError: why it must not be served; WARMUP_TIMEOUT, VERIFIER_LOST (the process died: of a crash, or of
@@ -42,12 +42,15 @@ async def prove(bundle: Path, config: ServerConfig) -> Proof:
             *(sys.executable, "-m", "lom_server.verifier", str(bundle), config.to_json()),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
-            process_group=0,  # a terminal interrupts whole groups; a session would void the priority
+            process_group=0,  # a terminal interrupts whole groups; in a session of its own it would be scheduled apart
         )
     except OSError:
         raise ControlError(Reason.VERIFIER_LOST, "no process to check the bundle in could be started") from None
-    with suppress(ProcessLookupError):  # it is over already
-        os.setpriority(os.PRIO_PROCESS, child.pid, _LOWEST_PRIORITY)
+    if yields:
+        # Said from here, as importing the runtime is a good part of the work; not by niceness, under which an answer
+        # may still have to wait for the end of a slice.
+        with suppress(ProcessLookupError):  # it is over already
+            os.sched_setscheduler(child.pid, os.SCHED_IDLE, os.sched_param(0))
     try:
         output, _ = await asyncio.wait_for(child.communicate(), config.load_limit_s)
     except TimeoutError:

@@ -354,7 +354,7 @@ class Supervisor:
         saying_so = asyncio.create_task(self._say_why_missing(policy, Reason.MODEL_LOADING))
         try:
             try:
-                proof = await prove(path, self._config)
+                proof = await prove(path, self._config, yields=self._is_serving)
             finally:
                 await saying_so
             await self._load(policy, version, Version(path=path, proof=proof), promote=promote)

@@ -247,3 +247,16 @@ async def verifier_of(bundle: Path) -> int:
     await asyncio.to_thread(wait_until, lambda: bool(verifiers_of(bundle)), "a verifier")
     (process,) = verifiers_of(bundle)
     return process
+
+
+@pytest.mark.parametrize(("yields", "policy"), [(True, os.SCHED_IDLE), (False, os.SCHED_OTHER)])
+async def test_a_proof_yields_to_those_who_answer(tmp_path: Path, yields: bool, policy: int) -> None:
+    write_test_bundle(tmp_path / "bundle", flaws=SLOW)
+    proving = asyncio.create_task(prove(tmp_path / "bundle", config(tmp_path), yields=yields))
+    while not (found := verifiers_of(tmp_path / "bundle")):
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0)  # its parent has its turn
+    assert [os.sched_getscheduler(pid) for pid in found] == [policy]
+    proving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await proving
