@@ -30,6 +30,7 @@ Metrics = dict[str, float]
 _TARGET_NOISE_CLIP = 0.5
 _TARGET_UPDATE_EVERY = 2
 _MEANS_SEEDING_ROWS = 4096
+_CACHE_CHUNK_ROWS = 8192
 _SIGN_ROWS = 2048
 
 
@@ -286,11 +287,22 @@ class Learner:
         config, action_dim = self.config, self._actions.shape[1]
         cache_bytes = 4 * self._rows * config.num_components * (2 * action_dim + 1)
         if self._mixture_cache is None and cache_bytes <= config.mixture_cache_bytes:
-            chunks = [self.policy.mixture(chunk) for chunk in self._observations.split(8192)]
-            self._mixture_cache = Mixture(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+            self._mixture_cache = self._computed_mixture()
         if self._mixture_cache is None:
             return _Batch(observations, self.policy.mixture(observations))
         return _Batch(observations, Mixture(*(part[rows] for part in self._mixture_cache)))
+
+    def _computed_mixture(self) -> Mixture:
+        """At every row, filled in place: joining chunks would hold it twice."""
+        whole: Mixture | None = None
+        for first in range(0, self._rows, _CACHE_CHUNK_ROWS):
+            rows = slice(first, first + _CACHE_CHUNK_ROWS)
+            chunk: Mixture = self.policy.mixture(self._observations[rows])
+            whole = whole or Mixture(*(part.new_empty(self._rows, *part.shape[1:]) for part in chunk))
+            for part, part_of_chunk in zip(whole, chunk, strict=True):
+                part[rows] = part_of_chunk
+        assert whole is not None
+        return whole
 
     def _descend(self, name: str, loss: Tensor, learning_rate: float) -> None:
         optimiser = self._optimisers[name]

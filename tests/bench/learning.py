@@ -2,8 +2,9 @@
 
     python -m tests.bench.learning --tasks fork bandit4 --seeds 10
 
-One result per (task, seed) goes into build/bench/learning.json as soon as it is there; what is there already is not
-run again, so a stopped bench goes on where it was. The table at the end is the one in docs/results.md.
+One result per (task, seed) goes into build/bench/learning.json as soon as it is there; what is there already, by the
+same configuration, is not run again, so a stopped bench goes on where it was. The table at the end is the one in
+docs/results.md.
 """
 
 import argparse
@@ -85,6 +86,18 @@ TASKS: dict[str, Task] = {
 }
 
 
+def config_of(task_name: str, seed: int) -> TrainConfig:
+    """What one seed of one task is trained by."""
+    task = TASKS[task_name]
+    config = replace(PRESETS[task.preset], seed=seed, threads=1)
+    return config if task.min_mixing_weight is None else replace(config, min_mixing_weight=task.min_mixing_weight)
+
+
+def is_current(result: Mapping[str, Any]) -> bool:
+    """Whether this code would train the same."""
+    return bool(result["config_digest"] == config_of(result["task"], result["seed"]).digest)
+
+
 def run_one(task_name: str, seed: int) -> dict[str, Any]:
     """Trains one seed of one task on one thread and plays every variant; a seed is data, weights and batches."""
     task = TASKS[task_name]
@@ -97,9 +110,7 @@ def run_one(task_name: str, seed: int) -> dict[str, Any]:
         else:
             paths = [Path(os.environ[REAL_DATA]) / name for name in task.files]
         transitions = load_transitions(paths, action_bounds=(spaces.action_low, spaces.action_high))
-    config: TrainConfig = replace(PRESETS[task.preset], seed=seed, threads=1)
-    if task.min_mixing_weight is not None:
-        config = replace(config, min_mixing_weight=task.min_mixing_weight)
+    config = config_of(task_name, seed)
     started = time.monotonic()
     trained_on, _ = transitions.hold_out(config.held_out_share, config.seed)  # as lom-train does
     learner = Learner(trained_on, config, torch.tensor(spaces.action_low), torch.tensor(spaces.action_high))
@@ -153,6 +164,7 @@ def main() -> None:
         if TASKS[task_name].files and not os.environ.get(REAL_DATA):
             sys.exit(f"{task_name}: expected {REAL_DATA} to name the folder with {', '.join(TASKS[task_name].files)}")
     results: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
+    results = [result for result in results if is_current(result)]
     done = {(result["task"], result["seed"]) for result in results}
     missing = [(name, seed) for name in arguments.tasks for seed in range(arguments.seeds) if (name, seed) not in done]
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
