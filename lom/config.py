@@ -205,7 +205,7 @@ PRESETS: dict[str, TrainConfig] = {
         target_update_rate=0.01,
         threads=1,
     ),
-    # Low-dimensional tasks within seconds: the fork and the bandit. The advantage of the greedy hyper-policy and several
+    # Low-dimensional tasks within seconds: fork and bandit. The advantage of the greedy hyper-policy and several
     # samples keep the actor from stalling where the chosen mode flips between neighbouring states (docs/results.md).
     "small": replace(
         _STANDARD,
