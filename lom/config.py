@@ -205,12 +205,9 @@ PRESETS: dict[str, TrainConfig] = {
         target_update_rate=0.01,
         threads=1,
     ),
-    # Low-dimensional tasks within seconds: fork and bandit. The advantage of the greedy hyper-policy and several
-    # samples keep the actor from stalling where the chosen mode flips between neighbouring states (docs/results.md).
+    # Low-dimensional tasks within seconds: the fork and the bandit.
     "small": replace(
         _STANDARD,
-        advantage_baseline="hyper",
-        imitation_samples=8,
         mixture_steps=1_500,
         steps=3_000,
         num_components=8,
