@@ -19,6 +19,7 @@ from lom_api.recording import Golden, Layout, MissingH5pyError, Recorder, Step, 
 from lom_api.recording.dataset import finishing_command, remove_drafts
 from lom_api.recording.spool import NO_MODE, SpoolWriter
 from lom_bundle import Manifest
+from lom_server.child_process import run_to_end
 from lom_server.errors import StartError
 from lom_server.service import ActReply, ActRequest, Observer, PolicyVersions
 
@@ -197,31 +198,21 @@ async def make_datasets(folder: Path, limit_s: float) -> None:
     What is not finished within `limit_s` is left for the next start; so is what the disk has no room for.
     """
     try:
-        child = await asyncio.create_subprocess_exec(
-            *finishing_command(folder),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            process_group=0,  # a terminal interrupts whole groups
+        status, output, complaint = await run_to_end(
+            finishing_command(folder), limit_s=limit_s, stderr=asyncio.subprocess.PIPE
         )
-    except OSError:
-        _logger.error("the recording is not finished: no process to do it in could be started")
-        return
-    try:
-        output, complaint = await asyncio.wait_for(child.communicate(), limit_s)
     except TimeoutError:
         _logger.warning("the recording is not finished after %g s: the next start goes on with it", limit_s)
         return
-    finally:
-        if child.returncode is None:
-            child.kill()
-            await child.wait()
+    except OSError:
+        _logger.error("the recording is not finished: no process to do it in could be started")
+        return
     for line in output.decode(errors="replace").splitlines():
         _logger.info("recorded: %s", line)
-    if child.returncode:
+    if status:
         remove_drafts(folder)
         lines = complaint.decode(errors="replace").splitlines()
-        is_said = child.returncode > 0 and lines
+        is_said = status > 0 and lines
         _logger.error("%s", lines[-1] if is_said else "the recording could not be finished: is the disk full?")
 
 
