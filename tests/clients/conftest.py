@@ -1,16 +1,19 @@
-"""A server whose answers the test chooses, and clients of it."""
+"""A server whose answers the test chooses, a real one, and clients."""
 
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import pytest
 
 from lom_client import ClientConfig, PolicyClient
 from tests.clients.blocking_client import BlockingClient
+from tests.support.bundles import write_test_bundle
 from tests.support.fake_policy_server import FakePolicyServer
+from tests.support.servers import running_server
 
 AnyClient: TypeAlias = PolicyClient | BlockingClient
 
@@ -29,6 +32,21 @@ def _connect(kind: str, target: str, *, config: ClientConfig = ClientConfig(), *
 def threads() -> set[threading.Thread]:
     """Those that are alive, but the one that gRPC keeps for all event loops of the process."""
     return {thread for thread in threading.enumerate() if "poll" not in thread.name}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound bundle."""
+    path = tmp_path_factory.mktemp("bundles") / "toy"
+    write_test_bundle(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def target(bundle: Path) -> Iterator[str]:
+    """A real server of it."""
+    with running_server(bundle) as server:
+        yield f"grpc://{server.address}"
 
 
 @pytest.fixture

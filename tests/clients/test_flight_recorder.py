@@ -33,23 +33,10 @@ from lom_client import (
 from lom_client.main import main
 from tests.clients import toy_environments
 from tests.support import bundles
-from tests.support.servers import running_server, wait_until
+from tests.support.servers import wait_until
 
 UNHURRIED = LoopConfig(period_s=10, kinds="position", safe_action=[0, 0], slew_per_s=0.005)
 OBSERVATIONS = np.array([[0.1, -0.2, 0.3], [0.4, 0.5, -0.6], [0.7, 0.8, 0.9], [-0.1, -0.3, -0.2]], np.float32)
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("bundles") / "toy"
-    bundles.write_test_bundle(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def target(bundle: Path) -> Iterator[str]:
-    with running_server(bundle) as server:
-        yield f"grpc://{server.address}"
 
 
 @pytest.fixture

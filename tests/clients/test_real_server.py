@@ -13,19 +13,6 @@ from tests.support import bundles
 from tests.support.servers import running_server, wait_until
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("bundles") / "toy"
-    bundles.write_test_bundle(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def target(bundle: Path) -> Iterator[str]:
-    with running_server(bundle) as server:
-        yield f"grpc://{server.address}"
-
-
 @pytest.fixture
 def client(target: str) -> Iterator[PolicyClient]:
     with PolicyClient(target) as client:

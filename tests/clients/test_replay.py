@@ -19,13 +19,6 @@ from tests.support import bundles
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("bundles") / "toy"
-    bundles.write_test_bundle(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def changed_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every component's mean is 0.1 higher: a twentieth of the range of 2."""
     path = tmp_path_factory.mktemp("bundles") / "changed"
