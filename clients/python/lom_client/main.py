@@ -17,10 +17,10 @@ import numpy as np
 
 from lom_api.recording import MissingH5pyError
 from lom_client.client import PolicyClient
-from lom_client.config import ClientConfig
 from lom_client.errors import PolicyError
 from lom_client.flight_recorder import FlightRecorder
 from lom_client.levels import Source
+from lom_client.server_options import ServerOptions
 
 if TYPE_CHECKING:
     import gymnasium
@@ -34,7 +34,7 @@ _INTERRUPTED = 130
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActConfig:
+class ActConfig(ServerOptions):
     """Play episodes of a gymnasium environment with a served policy.
 
     Raises:
@@ -43,8 +43,6 @@ class ActConfig:
 
     env: str
     """Gymnasium environment id, for example lom/Fork-v0."""
-    target: str = "grpc://127.0.0.1:8001"
-    """The server: grpc://HOST:PORT, grpcs://HOST:PORT for TLS, unix:/PATH, or inproc:BUNDLE for none at all."""
     policy: str | None = None
     """Name of the policy; left out: the only one that the server has."""
     version: int | None = None
@@ -75,14 +73,6 @@ class ActConfig:
     """MiB that all recordings in that folder may take, above 0."""
     stream: bool = False
     """Ask over one stream instead of a call for each action: quicker."""
-    tls_ca: Path | None = None
-    """PEM certificates of the authorities that certify a grpcs:// server; left out: the public ones."""
-    tls_certificate: Path | None = None
-    """PEM certificate that a grpcs:// server may ask for; needs --tls-key."""
-    tls_key: Path | None = None
-    """PEM private key of --tls-certificate."""
-    token_file: Path | None = None
-    """File with the token that a server may ask for, mode 0600."""
     json: Path | None = None
     """Also write the report to this file; its folder must exist."""
 
@@ -207,7 +197,10 @@ def _play(config: ActConfig) -> "EpisodeReport":
             require_film_format(config.video)
         # The server is asked first: an environment may take seconds to load, a missing server is known at once.
         with PolicyClient(
-            config.target, policy=config.policy, version=config.version, config=_client_config(config)
+            config.target,
+            policy=config.policy,
+            version=config.version,
+            config=config.client_config(use_stream=config.stream),
         ) as client:
             spec = client.get_spec(deadline_s=max(config.deadline_s, 5.0))
             _require_served(config, spec)
@@ -257,16 +250,6 @@ def _require_served(config: ActConfig, spec: "PolicySpec") -> None:
         raise _UsageError(f"--variant: expected one of {', '.join(spec.variants)}, got {config.variant!r}")
     if config.envs > spec.max_batch_rows:
         raise _UsageError(f"--envs: the server answers at most {spec.max_batch_rows} rows at once, got {config.envs}")
-
-
-def _client_config(config: ActConfig) -> ClientConfig:
-    return ClientConfig(
-        tls_ca=config.tls_ca,
-        tls_certificate=config.tls_certificate,
-        tls_key=config.tls_key,
-        token_file=config.token_file,
-        use_stream=config.stream,
-    )
 
 
 def _make_envs(config: ActConfig) -> "AnyEnv":

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 from lom_api.recording import Golden, MissingH5pyError, read_recording
 from lom_client.client import PolicyClient
-from lom_client.config import ClientConfig
 from lom_client.errors import PolicyError
 from lom_client.replay import ReplayReport, golden_of, replay
+from lom_client.server_options import ServerOptions
 
 _DIFFERS = 1
 _WRONG_USE = 2
@@ -19,7 +19,7 @@ _DIGEST_LENGTH = 12
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReplayConfig:
+class ReplayConfig(ServerOptions):
     """Ask the questions of a recording again and compare the answers. Exits with 0 where all of them are the same
     within the tolerance, with 1 where one is not or the server did not answer, with 2 where nothing could be asked.
 
@@ -29,8 +29,6 @@ class ReplayConfig:
 
     path: Path
     """The recording: folder of its dataset, or the folder given to --record where it holds only one."""
-    target: str = "grpc://127.0.0.1:8001"
-    """The server: grpc://HOST:PORT, grpcs://HOST:PORT for TLS, unix:/PATH, or inproc:BUNDLE for none at all."""
     policy: str | None = None
     """Name of the policy; left out: the recorded one, or the only one that the server has."""
     version: int | None = None
@@ -42,14 +40,6 @@ class ReplayConfig:
     """Another mode is no difference where the margin was below it; left out: likewise."""
     deadline_s: float = 1.0
     """Seconds that each call may take, above 0 and at most 3600."""
-    tls_ca: Path | None = None
-    """PEM certificates of the authorities that certify a grpcs:// server; left out: the public ones."""
-    tls_certificate: Path | None = None
-    """PEM certificate that a grpcs:// server may ask for; needs --tls-key."""
-    tls_key: Path | None = None
-    """PEM private key of --tls-certificate."""
-    token_file: Path | None = None
-    """File with the token that a server may ask for, mode 0600."""
 
     def __post_init__(self) -> None:
         if not 0 < self.deadline_s <= 3600:
@@ -105,16 +95,10 @@ def _replay(config: ReplayConfig) -> ReplayReport:
         action_tolerance=known.action_tolerance if config.tolerance is None else config.tolerance,
         tie_width=known.tie_width if config.tie_width is None else config.tie_width,
     )
-    client_config = ClientConfig(
-        tls_ca=config.tls_ca,
-        tls_certificate=config.tls_certificate,
-        tls_key=config.tls_key,
-        token_file=config.token_file,
-    )
     policy = config.policy or recording.policy or None
     terminal = Console(stderr=True)
     with (
-        PolicyClient(config.target, policy=policy, version=config.version, config=client_config) as client,
+        PolicyClient(config.target, policy=policy, version=config.version, config=config.client_config()) as client,
         Progress(console=terminal, transient=True, disable=not terminal.is_terminal) as progress,
     ):
         bar = progress.add_task(recording.path.name, total=recording.total_steps + recording.total_episodes)
