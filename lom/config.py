@@ -48,6 +48,11 @@ class TrainConfig:
     normalise_advantages: bool = False
     """Divide advantages by their root mean square over the batch. Makes `inverse_temperature` independent of the
     reward's scale, but gives noise the same weight as signal where all actions of a mode are worth the same."""
+    imitated_actions: Literal["samples", "data"] = "samples"
+    """What the actor imitates. samples: actions drawn from the chosen component, as published. data: the action that
+    the data took, times the probability that the chosen component brought it forth; the same optimum where the mixture
+    is the behaviour, and nothing that nobody did is imitated where it is not. With one component this is
+    advantage-weighted regression."""
     imitation_samples: int = 1
     """Actions of the chosen mode that each state is shown in an actor step. Above 1 the actor is fitted to their
     self-normalised weighted mean Σ w a / Σ w, the same optimum state by state (eq. 18) with less noise; costs that
@@ -121,6 +126,12 @@ class TrainConfig:
             _require(getattr(self, name) in choices, name, f"one of {choices}", getattr(self, name))
         for name in ("mixture_decay_share", "decay_share"):
             _require(0.0 <= getattr(self, name) <= 1.0, name, "0 to 1", getattr(self, name))
+        _require(
+            self.imitated_actions == "samples" or self.imitation_samples == 1,
+            "imitation_samples",
+            "1 with imitated_actions = data, which has one action a state",
+            self.imitation_samples,
+        )
         _require(-20.0 <= self.log_std_min <= -1.0, "log_std_min", "-20 to -1", self.log_std_min)
         _require(self.averaging_steps >= 0, "averaging_steps", "0 or more", self.averaging_steps)
         _require(self.seed >= 0, "seed", "0 or more", self.seed)
@@ -163,6 +174,7 @@ _CHOICES = {
     "hyper_head": ("components", "one_hot"),
     "initial_means": ("data", "network"),
     "critic_reduction": ("mean", "min", "first"),
+    "imitated_actions": ("samples", "data"),
     "advantage_baseline": ("mode_mean", "policy", "hyper"),
 }
 

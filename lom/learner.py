@@ -50,6 +50,7 @@ def _move(network: nn.Module, towards: nn.Module, share: float) -> None:
 
 class _Batch(NamedTuple):
     observations: Tensor
+    actions: Tensor
     mixture: Mixture
 
 
@@ -218,7 +219,7 @@ class Learner:
             choice = self._choose(hyper_q, batch.mixture)
             mode_mean = gather_component(batch.mixture.means, choice.mode)
             mode_log_std = gather_component(batch.mixture.log_stds, choice.mode)
-            imitated = self._imitated_actions(mode_mean, mode_log_std)
+            imitated = self._imitated_actions(mode_mean, mode_log_std, batch.actions)
             advantages = self._advantages(batch.observations, imitated, mode_mean, actions)
             sharpness, ceiling = config.inverse_temperature, config.max_imitation_weight
             weights = losses.imitation_weights(advantages, sharpness, ceiling)
@@ -227,6 +228,9 @@ class Learner:
             else:
                 target = losses.self_normalised_target(imitated, advantages, sharpness, ceiling)
                 row_weights = torch.ones(len(target))
+            if config.imitated_actions == "data":
+                brought_forth = batch.mixture.responsibilities(batch.actions)
+                row_weights = row_weights * brought_forth.gather(1, choice.mode.unsqueeze(1)).squeeze(1)
         loss = losses.weighted_imitation_loss(actions, target, row_weights)
         self._descend("actor", loss, config.actor_learning_rate)
         self._latest |= {
@@ -242,12 +246,15 @@ class Learner:
     def _choose(self, hyper_q: Tensor, mixture: Mixture) -> ModeChoice:
         return select_mode(hyper_q, mixture.log_weights.exp(), self.config.effective_min_mixing_weight)
 
-    def _imitated_actions(self, mode_mean: Tensor, mode_log_std: Tensor) -> Tensor:
-        """Actions of the chosen mode, float32[B, n, A]."""
-        shape = (-1, self.config.imitation_samples, -1)
-        imitated = self._sample_components(
-            mode_mean.unsqueeze(1).expand(shape), mode_log_std.unsqueeze(1).expand(shape)
-        )
+    def _imitated_actions(self, mode_mean: Tensor, mode_log_std: Tensor, data_actions: Tensor) -> Tensor:
+        """Actions of the chosen mode, or those of the data, float32[B, n, A]."""
+        if self.config.imitated_actions == "data":
+            imitated = data_actions.unsqueeze(1)
+        else:
+            shape = (-1, self.config.imitation_samples, -1)
+            imitated = self._sample_components(
+                mode_mean.unsqueeze(1).expand(shape), mode_log_std.unsqueeze(1).expand(shape)
+            )
         if self.config.imitation_noise_std > 0:
             noise = self.config.imitation_noise_std * self._normal(imitated.shape)
             imitated = (imitated + noise).clamp(-1.0, 1.0)
@@ -283,14 +290,14 @@ class Learner:
     def _batch(self, count: int) -> _Batch:
         """Observations with the frozen mixture's parameters there, from the cache where the dataset fits in it."""
         rows = self._sample(self._rows, count)
-        observations = self._observations[rows]
+        observations, actions = self._observations[rows], self._actions[rows]
         config, action_dim = self.config, self._actions.shape[1]
         cache_bytes = 4 * self._rows * config.num_components * (2 * action_dim + 1)
         if self._mixture_cache is None and cache_bytes <= config.mixture_cache_bytes:
             self._mixture_cache = self._computed_mixture()
         if self._mixture_cache is None:
-            return _Batch(observations, self.policy.mixture(observations))
-        return _Batch(observations, Mixture(*(part[rows] for part in self._mixture_cache)))
+            return _Batch(observations, actions, self.policy.mixture(observations))
+        return _Batch(observations, actions, Mixture(*(part[rows] for part in self._mixture_cache)))
 
     def _computed_mixture(self) -> Mixture:
         """At every row, filled in place: joining chunks would hold it twice."""
@@ -342,7 +349,8 @@ class Learner:
         if self.policy_steps_done > 0:
             choice = self._choose(self.policy.hyper_critic(observations), mixture)
             mode_mean, mode_log_std = (gather_component(p, choice.mode) for p in (mixture.means, mixture.log_stds))
-            actions, imitated = self.policy.actor(observations), self._imitated_actions(mode_mean, mode_log_std)
+            actions = self.policy.actor(observations)
+            imitated = self._imitated_actions(mode_mean, mode_log_std, self._actions[rows])
             weights = losses.imitation_weights(
                 self._advantages(observations, imitated, mode_mean, actions),
                 self.config.inverse_temperature,

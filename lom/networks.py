@@ -39,10 +39,17 @@ class Mixture(NamedTuple):
 
     def log_prob(self, unit_actions: Tensor) -> Tensor:
         """log π_b(a|s) = logsumexp_k(log α_k + log N(a; μ_k, σ_k²)), float32[B] (eq. 15)."""
+        return torch.logsumexp(self._log_joint(unit_actions), dim=-1)
+
+    def responsibilities(self, unit_actions: Tensor) -> Tensor:
+        """α_k N(a; μ_k, σ_k²) / π_b(a|s): the probability that component k brought forth a, float32[B, M]."""
+        return torch.softmax(self._log_joint(unit_actions), dim=-1)
+
+    def _log_joint(self, unit_actions: Tensor) -> Tensor:
+        """log α_k + log N(a; μ_k, σ_k²), float32[B, M]."""
         standardised = (unit_actions.unsqueeze(1) - self.means) * torch.exp(-self.log_stds)
         constant = 0.5 * torch.log(torch.tensor(2.0 * torch.pi))
-        component = -(0.5 * standardised.square() + self.log_stds + constant).sum(dim=-1)
-        return torch.logsumexp(self.log_weights + component, dim=-1)
+        return self.log_weights - (0.5 * standardised.square() + self.log_stds + constant).sum(dim=-1)
 
 
 class BehaviourMixture(nn.Module):

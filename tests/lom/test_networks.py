@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -41,6 +42,24 @@ class LossWithoutLogsumexp(Loss):
         standardised = (actions.unsqueeze(1) - parameters.means) * torch.exp(-parameters.log_stds)
         component = -(0.5 * standardised.square() + parameters.log_stds).sum(dim=-1)
         return -(component + parameters.log_weights).mean()
+
+
+def test_responsibilities_by_hand() -> None:
+    """At the middle of two means that are 0.4 apart both bring forth with their weight; at one mean, the other's
+    share is 1/3 exp(-0.4²/(2·0.2²)) = 1/3 exp(-2) of the whole."""
+    mixture = Mixture(
+        torch.tensor([[0.75, 0.25]]).log(), torch.tensor([[[0.1], [0.5]]]), torch.full((1, 2, 1), math.log(0.2))
+    )
+    assert mixture.responsibilities(torch.tensor([[0.3]])).numpy() == pytest.approx(np.array([[0.75, 0.25]]))
+    other = math.exp(-2.0) / 3
+    at_first = mixture.responsibilities(torch.tensor([[0.1]]))[0, 1].item()
+    assert at_first == pytest.approx(other / (1 + other))
+
+
+def test_one_component_brought_forth_every_action() -> None:
+    """So that imitating the data's actions with one component is advantage-weighted regression."""
+    mixture = Mixture(torch.zeros(2, 1), torch.zeros(2, 1, 1), torch.full((2, 1, 1), -5.0))
+    assert mixture.responsibilities(torch.tensor([[0.001], [0.99]])).tolist() == [[1.0], [1.0]]
 
 
 def test_log_prob_of_a_mixture_by_hand() -> None:

@@ -42,11 +42,11 @@ TINY = replace(
 MODES = (-0.5, 0.25)
 
 
-def learner_of(config: TrainConfig) -> Learner:
+def learner_of(config: TrainConfig, data_action: float = 0.1) -> Learner:
     """Two modes of nearly no spread; hyper-Q prefers the second; Q(s, a) = 2a in every critic."""
     rows = 6
     zeros = np.zeros((rows, 1))
-    data = transitions_of(zeros, zeros + 0.1, np.ones(rows), zeros, zeros + 0.1)
+    data = transitions_of(zeros, zeros + data_action, np.ones(rows), zeros, zeros + 0.1)
     learner = Learner(data, config, -torch.ones(1), torch.ones(1))
     learner.mixture_steps_done = config.mixture_steps
     mixture = learner.policy.mixture
@@ -205,6 +205,24 @@ def test_several_samples_share_one_self_normalised_target(monkeypatch: pytest.Mo
     expected = (weights * samples[:, :, 0].numpy()).sum(axis=1) / weights.sum(axis=1)
     assert target[:, 0].numpy() == pytest.approx(expected, abs=1e-5)
     assert row_weights.tolist() == [1.0] * 8
+
+
+@pytest.mark.parametrize(
+    ("data_action", "brought_forth", "weight"),
+    [
+        (0.24, 1.0, math.exp(5 * 2 * (0.24 - 0.25))),  # the chosen mode's: its advantage alone decides
+        (-0.49, 0.0, 0.0),  # the other mode's: not imitated, whatever it is worth
+    ],
+)
+def test_the_datas_own_action_counts_as_far_as_the_chosen_mode_brought_it_forth(
+    monkeypatch: pytest.MonkeyPatch, data_action: float, brought_forth: float, weight: float
+) -> None:
+    learner = learner_of(replace(TINY, imitated_actions="data", critic_learning_rate=1e-9), data_action)
+    imitated = calls_of(monkeypatch, "weighted_imitation_loss")
+    step(learner)
+    _, target, row_weights = imitated[0]
+    assert target[:, 0].numpy() == pytest.approx(data_action, abs=1e-6)
+    assert row_weights.numpy() == pytest.approx(brought_forth * weight, abs=1e-4)
 
 
 def test_many_samples_reach_the_closed_form_too() -> None:
