@@ -9,12 +9,15 @@ COMPILE := $(UV) pip compile --quiet --no-header --no-annotate --python-version 
 BARE_PINS := grep -v '^lom' | sed 's/+cpu$$//'
 STUBS_VENV := build/stubs-venv
 SERVING_VENV := build/serving-venv
+BASELINES_VENV := build/baselines-venv
+# Arguments of bench-learning; empty: the generated tasks, every method, five seeds.
+LEARNING :=
 CPP_BUILD := build/cpp
 CPP_PACKAGES := g++ make cmake pkg-config libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc libgtest-dev nlohmann-json3-dev
 SERVING_TESTS := tests/server tests/clients tests/protos tests/faults
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-serving cpp-packages test-cpp lint types roads protos requirements study bench-learning bench-data bench-serving bench-control bench-export clean
+.PHONY: help setup demo test test-serving cpp-packages test-cpp lint types roads protos requirements study bench-learning learning-report bench-data bench-serving bench-control bench-export clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -75,10 +78,20 @@ protos: ## regenerate the stubs (in an environment of its own: the newest genera
 requirements: setup ## pin again what pyproject.toml asks for
 	$(COMPILE) --extra dev | $(BARE_PINS) > requirements/dev.txt
 	$(COMPILE) requirements/serving.in --extra server -c requirements/dev.txt | $(BARE_PINS) > requirements/serving.txt
+	$(UV) pip compile --quiet --no-header --no-annotate --python-version 3.11 requirements/baselines.in | $(BARE_PINS) > requirements/baselines.txt
 	! grep -n '://' requirements/*.txt
 
-bench-learning: setup ## learning benchmarks; results accumulate in build/bench/learning.json
-	$(PYTHON) -m tests.bench.learning
+bench-learning: setup $(BASELINES_VENV)/.installed ## LOM against other methods; adds to docs/results/learning.jsonl
+	$(PYTHON) -m tests.bench.learning $(LEARNING)
+
+learning-report: setup ## tables and pictures of docs/results/learning.jsonl, into docs/results.md
+	$(PYTHON) -m tests.bench.learning report
+
+$(BASELINES_VENV)/.installed: requirements/baselines.txt
+	test -x $(BASELINES_VENV)/bin/python || python3 -m venv $(BASELINES_VENV)
+	$(BASELINES_VENV)/bin/pip install --quiet --disable-pip-version-check uv
+	UV_FIND_LINKS="$${PIP_FIND_LINKS:-}" $(BASELINES_VENV)/bin/uv pip install --quiet --python $(BASELINES_VENV)/bin/python -r requirements/baselines.txt
+	@touch $@
 
 study: setup ## LOM against problems with exact answers; renews the pictures in docs/
 	$(PYTHON) -m lom.study

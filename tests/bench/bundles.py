@@ -5,7 +5,6 @@
 Trains with one seed each (a few minutes), exports in every precision, and prints the tables of docs/bundles.md.
 """
 
-import os
 import sys
 import tempfile
 import time
@@ -26,7 +25,7 @@ from lom_bundle import Bundle, BundleError, read_bundle
 from lom_export.exporter import ExportConfig, Exported, export_run
 from lom_export.graph import OBSERVATION, STATE_SCORE, PolicyGraph, export_graph
 from lom_export.proof import cpu_session, free_choice
-from tests.bench.learning import HOPPER_FILES, REAL_DATA
+from tests.bench.learning.tasks import HOPPER_FILES, MissingDataError, given_data
 
 Rows = NDArray[np.float32]
 
@@ -68,9 +67,10 @@ CORRUPTIONS: dict[str, Callable[[Rows, np.random.Generator], Rows]] = {
 
 def main() -> None:
     """Prints three tables in Markdown."""
-    data = os.environ.get(REAL_DATA)
-    if not data:
-        sys.exit(f"expected {REAL_DATA} to name the folder with {', '.join(HOPPER_FILES)}")
+    try:
+        data = given_data() / "transitions"
+    except MissingDataError as error:
+        sys.exit(str(error))
     console = Console(stderr=True)
     costs = [
         "| bundle | precision | export s | graph KiB | action error / range | ties | mode flips | B=1 µs | B=64 µs |"
@@ -83,7 +83,7 @@ def main() -> None:
     for subject in SUBJECTS:
         with tempfile.TemporaryDirectory() as folder:
             run = Path(folder) / "run"
-            _train(subject, Path(folder), Path(data), console)
+            _train(subject, Path(folder), data, console)
             for precision in ("fp32", "fp16", "int8"):
                 console.print(f"{subject.name}: exporting in {precision}")
                 config = ExportConfig(run=run, out=Path(folder) / precision, precision=precision)
