@@ -8,8 +8,10 @@ Each draws its data from its seed, trains with the learner that `lom-train` uses
 """
 
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,21 +47,44 @@ def transitions_of(
     }
     if next_actions is not None:
         arrays["next_actions"] = next_actions
+    return transitions_from(arrays)
+
+
+def transitions_from(arrays: Mapping[str, Any]) -> Transitions:
+    """Arrays with the keys of D4RL, as `lom-train` would read them from a file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "study.npz"
-        np.savez(path, **arrays)  # type: ignore[arg-type]
+        np.savez(path, **arrays)
         return load_transitions([path])
+
+
+def untrained(transitions: Transitions, config: TrainConfig) -> Learner:
+    """A learner in the unit box of actions."""
+    unit = torch.ones(transitions.actions.shape[1])
+    return Learner(transitions, config, -unit, unit)
 
 
 def trained(transitions: Transitions, config: TrainConfig, *, mixture_only: bool = False) -> Learner:
     """Trains in the unit box of actions, with the stage of critics and actor or without."""
-    unit = torch.ones(transitions.actions.shape[1])
-    learner = Learner(transitions, config, -unit, unit)
+    learner = untrained(transitions, config)
     for stage, done in learner.remaining():
         if mixture_only and stage == "mixture" and done == config.mixture_steps:
             break
     learner.metrics()  # raises where training diverged
     return learner
+
+
+def continued(learner: Learner, transitions: Transitions, configs: Sequence[TrainConfig]) -> Iterator[Learner]:
+    """One learner for each configuration, from where `learner` stands, not yet trained any further.
+
+    With a learner whose mixture is finished, and configurations that differ in the second stage only, each ends as if
+    it had been trained alone.
+    """
+    state = learner.state()
+    for config in configs:
+        follower = untrained(transitions, config)
+        follower.restore(state)
+        yield follower
 
 
 # ---------------------------------------------------------------- 1: the mixture finds the modes
@@ -106,15 +131,15 @@ class MixtureFit:
         nll_gap: its negative log-likelihood minus the truth's, nat.
         worst_mean_distance: from a true mean to the nearest component of weight 0.01 or more, in standard deviations:
             the mean over the observations where the true mode weighs 0.05 or more, of the mode where it is largest.
-        observations, true_means, weights, means: a grid of 50 observations, for drawing.
+        observations, true_means, weights, means: at 50 observations, float[50], [50, k, 2], [50, M], [50, M, 2].
     """
 
     nll_gap: float
     worst_mean_distance: float
-    observations: Tensor
-    true_means: Tensor
-    weights: Tensor
-    means: Tensor
+    observations: Array
+    true_means: Array
+    weights: Array
+    means: Array
 
 
 @torch.no_grad()
@@ -131,10 +156,10 @@ def compare_mixture(truth: SyntheticModes, learner: Learner, seed: int) -> Mixtu
     return MixtureFit(
         nll_gap=gap.item(),
         worst_mean_distance=distances.masked_fill(real.log_weights.exp() < 0.05, torch.nan).nanmean(dim=0).max().item(),
-        observations=grid,
-        true_means=real.means,
-        weights=found.log_weights.exp(),
-        means=found.means,
+        observations=grid[:, 0].numpy(),
+        true_means=real.means.numpy(),
+        weights=found.log_weights.exp().numpy(),
+        means=found.means.numpy(),
     )
 
 

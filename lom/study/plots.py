@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 
+from lom.envs.bandit import CORNER_REWARDS, CORNERS
 from lom.study.experiments import (
     MODE_STD,
     DoubleCircle,
@@ -14,13 +16,17 @@ from lom.study.experiments import (
     ModeSelection,
     peak_reward,
 )
+from lom.study.hyper_policies import RULES, value_of_noisy_choice, value_of_random_share
+from lom.study.statistics import confidence_interval
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Circle
 
 _TRUTH, _LEARNED, _OTHER, _DATA = "#444444", "#c0392b", "#2980b9", "#c8c8c8"
+_COLOURS = (_OTHER, "#16a085", _LEARNED, "#8e44ad")
 
 
 def _two_axes() -> tuple[Figure, Axes, Axes]:
@@ -49,11 +55,10 @@ def mixture(fits: Mapping[tuple[int, float], Sequence[MixtureFit]], path: Path) 
     left.legend(frameon=False, fontsize=8)
 
     shown = fits[5, max(separations)][0] if (5, max(separations)) in fits else next(iter(fits.values()))[0]
-    observations = shown.observations[:, 0].numpy()
-    right.plot(observations, shown.true_means[:, :, 0].numpy(), color=_TRUTH, linewidth=4, alpha=0.35)
+    right.plot(shown.observations, shown.true_means[:, :, 0], color=_TRUTH, linewidth=4, alpha=0.35)
     for component in range(shown.means.shape[1]):
-        weights = shown.weights[:, component].numpy()
-        right.scatter(observations, shown.means[:, component, 0].numpy(), s=30 * weights, color=_LEARNED, linewidths=0)
+        sizes = 30 * shown.weights[:, component]
+        right.scatter(shown.observations, shown.means[:, component, 0], s=sizes, color=_LEARNED, linewidths=0)
     right.plot([], [], color=_TRUTH, linewidth=4, alpha=0.35, label="true means")
     right.scatter([], [], s=15, color=_LEARNED, label="components (area: weight)")
     right.set(xlabel="observation", ylabel="first action dimension", title=f"{shown.true_means.shape[1]} modes")
@@ -117,4 +122,161 @@ def imitation(improvements: Sequence[Improvement], circles: Sequence[DoubleCircl
     right.axhline(0, color=_TRUTH, linewidth=0.5)
     right.axvline(0, color=_TRUTH, linewidth=0.5)
     right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _save(figure, path)
+
+
+BySeed = Mapping[str, Sequence[float]]
+"""Values over the seeds by name."""
+
+
+def _interval(
+    axes: Axes, positions: Sequence[float], values: Sequence[Sequence[float]], colour: str, **line: Any
+) -> None:
+    """Means over seeds joined by a line, with 95 % confidence intervals."""
+    bounds = np.array([confidence_interval(each) for each in values])
+    axes.vlines(positions, bounds[:, 0], bounds[:, 1], color=colour, linewidth=1)
+    axes.plot(positions, [np.mean(each) for each in values], color=colour, **line)
+
+
+def random_mode(tasks: Mapping[str, BySeed], exact: Mapping[str, Mapping[str, float | None]], path: Path) -> None:
+    """What every rule earns: one point a seed, the exact answer where there is one."""
+    figure, every = plt.subplots(1, len(tasks), figsize=(10.5, 3.6), layout="constrained", squeeze=False)
+    for axes, (task, values) in zip(every[0], tasks.items(), strict=True):
+        axes.spines[["top", "right"]].set_visible(False)
+        for position, rule in enumerate(RULES):
+            colour = _LEARNED if rule == "hyper_q" else _OTHER
+            axes.scatter([position] * len(values[rule]), values[rule], color=colour, s=18, alpha=0.7, zorder=3)
+            answer = exact.get(task, {}).get(rule)
+            if answer is not None:
+                axes.hlines(answer, position - 0.35, position + 0.35, color=_TRUTH, linewidth=1.5)
+        if task in exact:
+            axes.plot([], [], color=_TRUTH, linewidth=1.5, label="exact, four modes")
+        axes.scatter([], [], color=_OTHER, s=18, label="trained, one point a seed")
+        axes.set_xticks(range(len(RULES)), [rule.replace("_", " ") for rule in RULES], rotation=35, ha="right")
+        axes.set(title=task.replace("_", ", "))
+        axes.title.set_fontsize(10)
+        axes.tick_params(labelsize=8)
+    every[0, 0].set_ylabel("value of acting by the mode's mean")
+    every[0, 0].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(0.0, 0.93))
+    _save(figure, path)
+
+
+Settings = Mapping[tuple[str, int, float, float], BySeed]
+"""Values over the seeds by (task, M, β, C)."""
+
+
+def sensitivity(settings: Settings, temperature: float, ceiling: float, path: Path) -> None:
+    """Scores, width of the chosen mode and clipped weights over M, and over β or C."""
+    figure, ((bandit, fork), (width, clipped)) = plt.subplots(2, 2, figsize=(9, 6.2), layout="constrained")
+    components = sorted({m for _, m, _, _ in settings})
+
+    def curve(axes: Axes, task: str, beta: float, name: str, colour: str, **line: Any) -> None:
+        there = [m for m in components if (task, m, beta, ceiling) in settings]
+        values = [settings[task, m, beta, ceiling][name] for m in there]
+        _interval(axes, [components.index(m) for m in there], values, colour, markersize=4, **line)
+
+    temperatures = sorted({beta for task, _, beta, _ in settings if task == "bandit4"})
+    for beta, colour in zip(temperatures, _COLOURS, strict=False):
+        curve(bandit, "bandit4", beta, "actor", colour, marker="o", label=f"actor, β = {beta:g}")
+        curve(clipped, "bandit4", beta, "clipped_weights", colour, marker="o", label=f"bandit4, β = {beta:g}")
+    for task, axes in (("bandit4", bandit), ("fork", fork)):
+        curve(axes, task, temperature, "greedy_mode", _TRUTH, linestyle=":", label="greedy_mode")
+        colour = _LEARNED if task == "bandit4" else _OTHER
+        curve(width, task, temperature, "mode_std", colour, marker="o", label=task)
+        axes.set(title=task)
+    curve(fork, "fork", temperature, "actor", _LEARNED, marker="o", label=f"actor, β = {temperature:g}")
+    width.axhline(0.05, color=_LEARNED, linestyle=":", linewidth=1, label="true σ: bandit4 0.05, fork 0.2")
+    width.axhline(0.2, color=_OTHER, linestyle=":", linewidth=1)
+    bandit.set(ylabel="reward, 5 at best")
+    fork.set(ylabel="return")
+    width.set(ylabel="mean σ of the chosen mode", yscale="log")
+    clipped.set(ylabel=f"share of weights at C = {ceiling:g}")
+    for axes in (bandit, fork, width, clipped):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xticks(range(len(components)), [str(m) for m in components])
+        axes.set_xlabel("M")
+        axes.legend(frameon=False, fontsize=7)
+    _save(figure, path)
+
+
+def corrupted(
+    values: Mapping[tuple[str, int, str], BySeed],
+    errors: Sequence[float],
+    bound: Mapping[str, Any],
+    forced: Sequence[Mapping[str, Any]],
+    path: Path,
+) -> None:
+    """What random choices, noise and bounded errors cost, and where imitation of a forced mode ends.
+
+    Args:
+        values: over the seeds, by (task, M, what hyper-Q was spoilt by) and amount.
+        errors: sizes ε of errors; `bound` is the result of `measure_error_bound` for them.
+        forced: rows of `measure_forced_modes`.
+    """
+    figure, ((share, noise, tabular), (fork_share, fork_noise, modes)) = plt.subplots(
+        2, 3, figsize=(11, 6.2), layout="constrained"
+    )
+    exact = CORNER_REWARDS.astype(np.float64)
+    shares, deviations = np.linspace(0, 1, 50), np.geomspace(0.3, 12, 50)
+    share.plot(shares, [value_of_random_share(exact, p) for p in shares], color=_TRUTH, label="exact, four modes")
+    noise.plot(deviations, [value_of_noisy_choice(exact, std) for std in deviations], color=_TRUTH, label="exact")
+    for (task, components, kind), by_amount in values.items():
+        if kind == "rules":
+            continue
+        axes = {("bandit4", "random_share"): share, ("bandit4", "noise"): noise}.get((task, kind))
+        axes = axes or (fork_share if kind == "random_share" else fork_noise)
+        amounts = {float(amount): each for amount, each in by_amount.items()}
+        rules = values[task, components, "rules"]
+        if kind == "random_share":
+            amounts |= {0.0: rules["hyper_q"], 1.0: rules["random_uniform"]}
+        colour = _LEARNED if task == "fork" or components == 4 else _OTHER
+        line = {"linestyle": "-" if task == "fork" else "none", "marker": "o", "markersize": 4}
+        _interval(
+            axes, sorted(amounts), [amounts[a] for a in sorted(amounts)], colour, label=f"M = {components}", **line
+        )
+    for axes, kind in ((fork_share, "random_share"), (fork_noise, "noise")):
+        rules = values["fork", 8, "rules"]
+        if kind == "random_share":
+            ends = [np.mean(rules["hyper_q"]), np.mean(rules["random_uniform"])]
+            axes.plot([0, 1], ends, color=_TRUTH, linestyle=":", label="straight line")
+        axes.axhline(float(np.mean(rules["worst"])), color=_DATA, label="always the worst mode")
+    for axes, title in ((share, "bandit4"), (noise, "bandit4"), (fork_share, "fork"), (fork_noise, "fork")):
+        axes.set(title=title, ylabel="value")
+    for axes in (share, fork_share):
+        axes.set(xlabel="share p of random choices")
+    for axes in (noise, fork_noise):
+        axes.set(xlabel="σ of the noise on hyper-Q", xscale="log")
+
+    tabular.plot(errors, 2 * np.array(errors) / (1 - bound["discount"]), color=_TRUTH, label="bound 2ε/(1 - γ)")
+    for name, colour in (("worst", _LEARNED), ("uniform", _OTHER)):
+        losses = np.array(bound[name])
+        tabular.plot(errors, losses.max(axis=1), "o-", color=colour, markersize=3, label=f"{name} errors, worst MDP")
+        mean = losses.mean(axis=1)
+        tabular.plot(errors, mean, "--", color=colour, linewidth=1, label=f"{name} errors, mean")
+    tabular.set(
+        xscale="log",
+        yscale="log",
+        xlabel="error ε of hyper-Q",
+        ylabel="V of the behaviour minus V",
+        title="tabular MDPs",
+    )
+    tabular.set_ylim(bottom=1e-2)
+
+    best = CORNERS[exact.argmax()]
+    for number, row in enumerate(forced):
+        mean, tilted, action = (np.array(row[name]) for name in ("mode_mean", "tilted_mean", "action"))
+        first = number == 0
+        modes.add_patch(Circle(tuple(mean), 2 * float(np.mean(row["mode_std"])), color=_DATA, alpha=0.2, linewidth=0))
+        modes.scatter(*mean, color=_TRUTH, s=12, marker="x", label="forced mode's mean" if first else None)
+        modes.scatter(*tilted, s=30, facecolors="none", edgecolors=_TRUTH, label="closed form" if first else None)
+        modes.scatter(*action, color=_LEARNED, s=10, label="actor" if first else None, zorder=3)
+    modes.annotate(
+        "value rises to here", tuple(best), (0.0, -0.35), fontsize=7, ha="center", arrowprops={"arrowstyle": "->"}
+    )
+    modes.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect="equal", title="imitation of a forced mode")
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.title.set_fontsize(10)
+        axes.legend(frameon=False, fontsize=6.5)
+    modes.legend(frameon=False, fontsize=6.5, loc="center")
     _save(figure, path)

@@ -55,6 +55,32 @@ def tilted_policy(policy: Tensor, action_values: Tensor, inverse_temperature: fl
     return weights / weights.sum(dim=1, keepdim=True)
 
 
+def worst_choice(mdp: TabularMDP, modes: Tensor, hyper_q: Tensor, error: float) -> Tensor:
+    """The worst modes that an argmax of hyper-Q can be led to choose by errors of at most `error`, int64[S].
+
+    An error can bring any mode to the top that lies at most 2·error below it, in every state on its own. Among these,
+    policy iteration finds the choice whose value is least in all states at once.
+
+    Shapes: modes float64[S, M, A], hyper_q float64[S, M], exact.
+    """
+    tolerance = 1e-9
+    reachable = hyper_q >= hyper_q.amax(dim=1, keepdim=True) - 2 * error - tolerance
+    values = hyper_q
+    chosen = torch.where(reachable, values, torch.inf).argmin(dim=1)
+    while True:
+        values = hyper_values(mdp.action_values(deterministic_policy(chosen, modes)), modes)
+        least = torch.where(reachable, values, torch.inf).min(dim=1)
+        worse = values.gather(1, chosen.unsqueeze(1)).squeeze(1) - least.values > tolerance
+        if not worse.any():
+            return chosen
+        chosen = torch.where(worse, least.indices, chosen)
+
+
+def deterministic_policy(chosen: Tensor, modes: Tensor) -> Tensor:
+    """φ_{u(s)}(a|s) of one mode per state. Shapes: int64[S], float64[S, M, A] -> [S, A]."""
+    return composite_policy(torch.nn.functional.one_hot(chosen, modes.shape[1]).to(modes), modes)
+
+
 def random_problem(generator: torch.Generator, discount: float = 0.95) -> tuple[TabularMDP, Tensor, Tensor]:
     """An MDP with 2 to 5 states and actions, its modes float64[S, M, A] and their mixing weights float64[S, M]."""
     states, actions, modes = (int(torch.randint(2, 6, (1,), generator=generator)) for _ in range(3))

@@ -1,5 +1,6 @@
 """`lom-study` as a user meets it."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,22 +8,33 @@ from pathlib import Path
 import pytest
 
 from lom.study import main as study
+from tests.support.pictures import is_drawn
 
 
 def test_an_experiment_leaves_its_picture_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    study.main(["selection", "--seeds", "1", "--out", str(tmp_path)])
-    picture = (tmp_path / "study-selection.png").read_bytes()
-    assert picture.startswith(b"\x89PNG")
-    assert list(tmp_path.iterdir()) == [tmp_path / "study-selection.png"]
-    printed = " ".join(capsys.readouterr().out.split())
-    assert "-4.292 exactly" in printed
+    (tmp_path / "pictures").mkdir()
+    places = ["--out", str(tmp_path / "pictures"), "--kept", str(tmp_path / "kept")]
+    study.main(["selection", "--seeds", "1", *places])
+    (picture,) = (tmp_path / "pictures").iterdir()
+    assert picture.name == "study-selection.png"
+    assert is_drawn(picture)
+    assert "-4.292 exactly" in " ".join(capsys.readouterr().out.split())
+
+    # What is kept is not measured again: the table tells what the file says.
+    (kept,) = (tmp_path / "kept").iterdir()
+    document = json.loads(kept.read_text())
+    kept.write_text(json.dumps(document | {"result": document["result"] | {"agreement": 0.123}}))
+    study.main(["selection", "--seeds", "1", *places])
+    assert "0.123" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--seeds", "0"], "--seeds: expected 1 or more, got 0"),
+        (["--processes", "0"], "--processes: expected 1 or more, got 0"),
         (["--out", "nowhere"], "--out nowhere: expected a folder, found none"),
+        (["--kept", "pyproject.toml"], "--kept pyproject.toml: expected a folder, found a file"),
         (["astrology"], "astrology"),
     ],
 )
@@ -33,7 +45,7 @@ def test_a_mistake_is_named_and_nothing_runs(
         study.main(arguments)
     assert caught.value.code == 2
     printed = capsys.readouterr()
-    assert message in (printed.out + printed.err).replace("\n", " ")
+    assert message in " ".join((printed.out + printed.err).split())
     assert "Traceback" not in printed.err
 
 

@@ -1,0 +1,81 @@
+"""The three further checks: trained policies against exact answers."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lom.envs.bandit import CORNER_REWARDS, CORNERS
+from lom.study.checks import TASKS, measure_choices, measure_error_bound, measure_forced_modes, measure_sensitivity
+from lom.study.experiments import continued, trained
+from lom.study.hyper_policies import value_of_noisy_choice, value_of_random_share
+
+
+def test_a_trained_bandit_earns_what_every_rule_is_worth() -> None:
+    """As many components as modes: then the exact figures of four modes hold for the trained policy, too."""
+    found = measure_choices(task="bandit4", num_components=4, seed=0)
+    exact = {"random_uniform": 2.375, "random_alpha": 2.375, "hyper_q": 5.0, "oracle": 5.0, "worst": 0.0}
+    earned = {rule: found["rules"][rule] for rule in exact}
+    assert earned == pytest.approx(exact, abs=0.06)
+    assert min(abs(found["rules"]["max_alpha"] - CORNER_REWARDS)) < 0.05  # all weigh the same: any corner may win
+    values = CORNER_REWARDS.astype(np.float64)
+    for share, value in found["random_share"].items():
+        assert value == pytest.approx(value_of_random_share(values, float(share)), abs=0.06)
+    for noise_std, value in found["noise"].items():
+        assert value == pytest.approx(value_of_noisy_choice(values, float(noise_std)), abs=0.15)
+
+
+def test_actors_on_top_of_one_mixture_are_those_that_are_trained_alone() -> None:
+    task = TASKS["bandit4"]
+    data = task.transitions(0)
+    config = replace(task.config(seed=0), mixture_steps=20, steps=15)
+    sharper = replace(config, inverse_temperature=50.0)
+    shared, actions = [], []
+    for learner in continued(trained(data, config, mixture_only=True), data, [config, sharper]):
+        for _ in learner.remaining():
+            pass
+        shared.append(learner.policy.state_dict())
+        actions.append(learner.policy(torch.zeros(1, 1), "actor")["action"])
+    for found, alone in zip(shared, (config, sharper), strict=True):
+        for name, tensor in trained(data, alone).policy.state_dict().items():
+            assert torch.equal(found[name], tensor), name
+    assert not torch.equal(*actions)
+
+
+def test_one_component_covers_all_four_modes_and_acts_in_their_middle() -> None:
+    (found,) = measure_sensitivity(task="bandit4", num_components=1, seed=0, settings=[(0.1, 50.0)])
+    assert found["greedy_mode"] == pytest.approx(0.0, abs=0.01)
+    assert found["actor"] < 0.2
+    # sd of the corners ±0.8 with 0.05 around them
+    assert found["mode_std"] == pytest.approx((0.8**2 + 0.05**2) ** 0.5, abs=0.05)
+    assert found["active_components"] == 1.0
+    assert found["clipped_weights"] == 0.0
+
+
+def test_losses_by_errors_of_hyper_q_grow_with_the_error_and_stay_within_the_bound() -> None:
+    errors = (0.0, 0.1, 1.0)
+    found = measure_error_bound(errors=errors, problems=20, seed=0)
+    assert found["discount"] == 0.95
+    bound = 2 * np.array(errors)[:, None] / 0.05
+    assert (found["worst"] <= bound + 1e-8).all()
+    assert (found["uniform"] <= found["worst"] + 1e-8).all()
+    assert found["worst"][0].max() < 1e-8  # Theorem 1
+    assert (np.diff(found["worst"], axis=0) >= -1e-8).all()
+    assert found["worst"][2].max() > 1.0  # the bound is not met by doing nothing
+
+
+def test_weighted_imitation_stays_in_the_mode_that_was_forced_on_it() -> None:
+    """The value rises all the way to the best corner, and still the actor goes no farther than the closed form: a
+    fortieth of the way, with σ 0.05, β 5 and the value's curvature of 1.95."""
+    rows = measure_forced_modes(seed=0, steps=500)
+    best = CORNERS[3]
+    seen = set()
+    for row in rows:
+        corner = int(np.abs(CORNERS - row["mode_mean"]).sum(axis=1).argmin())
+        seen.add(corner)
+        assert row["action"] == pytest.approx(row["tilted_mean"], abs=0.02)
+        assert row["reward"] == pytest.approx(CORNER_REWARDS[corner], abs=0.2)
+        moved = np.linalg.norm(row["tilted_mean"] - row["mode_mean"])
+        assert moved == pytest.approx(np.linalg.norm(best - row["mode_mean"]) / 40, rel=0.3, abs=0.01)
+    assert seen == {0, 1, 2, 3}
