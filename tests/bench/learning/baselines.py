@@ -107,7 +107,7 @@ def _run(job: Path, on_steps: Callable[[int], None]) -> dict[str, float]:
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
-            [PYTHON, "-W", "ignore", _TRAINER, job],
+            [PYTHON, "-P", "-W", "ignore", _TRAINER, job],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,

@@ -240,9 +240,13 @@ def _curve_return(act: Act, task: Task) -> float:
 
 
 def _final(act: Act, task: Task) -> dict[str, Any]:
-    played = evaluate(act, task.env, episodes=task.final_episodes, seed=EVALUATION_SEED).to_json()
-    rounded = {name: value if value is None else round(value, 4) for name, value in played.items()}
-    return {"episodes": task.final_episodes, **rounded}
+    played = evaluate(act, task.env, episodes=task.final_episodes, seed=EVALUATION_SEED)
+    return {
+        "episodes": task.final_episodes,
+        "return_mean": round(float(played.returns.mean()), 4),
+        "return_std": round(float(played.returns.std()), 4),
+        "success_rate": played.success_rate,
+    }
 
 
 def _record(
