@@ -36,25 +36,36 @@ class Cell:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a kept result must agree with: the arguments, and the preset that every study starts from."""
+        """What a kept result must agree with."""
         measured_by = f"{self.measure.__module__}.{self.measure.__qualname__}"
         identity: dict[str, Any] = _plain({"measured_by": measured_by, "arguments": self.arguments})
-        return identity | {"preset_digest": PRESETS["small"].digest}
+        return identity
 
     def kept(self, folder: Path) -> Result | None:
-        """The result that an earlier run left in `folder`; None where there is none, or another question's."""
+        """The result that an earlier run left in `folder`; None where there is none, or another question's.
+
+        Every field of the preset must be what it was; fields that are newer than the result do not count, as in runs.
+        """
         try:
             document = json.loads((folder / f"{self.name}.json").read_text())
-            return document["result"] if document["cell"] == self.identity else None
-        except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+            preset = document["preset"].items() <= _preset().items()
+            return document["result"] if document["cell"] == self.identity and preset else None
+        except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
             return None
 
     def keep(self, folder: Path, result: Result, cpu_s: float) -> None:
         """Writes the whole file or nothing; `cpu_s` is the processor time that the measurement took."""
         path = folder / f"{self.name}.json"
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"cell": self.identity, "cpu_s": round(cpu_s, 2), "result": result}))
+        document = {"cell": self.identity, "preset": _preset(), "cpu_s": round(cpu_s, 2), "result": result}
+        partial.write_text(json.dumps(document))
         partial.replace(path)
+
+
+def _preset() -> dict[str, Any]:
+    """What every study starts from."""
+    preset: dict[str, Any] = _plain(PRESETS["small"])
+    return preset
 
 
 def _plain(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Cells of a study: measured once, kept, found again."""
 
+import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,6 +68,18 @@ def test_other_arguments_and_another_configuration_are_measured_anew(
     monkeypatch.setitem(PRESETS, "small", replace(PRESETS["small"], batch=7))
     list(measured([other], kept))
     assert len(lines(tmp_path)) == 3
+
+
+def test_what_was_measured_before_a_field_existed_is_kept(tmp_path: Path) -> None:
+    (cell,) = cells_for(tmp_path, [1])
+    list(measured([cell], tmp_path))
+    path = tmp_path / f"{cell.name}.json"
+    document = json.loads(path.read_text())
+    del document["preset"]["imitation_samples"]
+    path.write_text(json.dumps(document))
+    assert cell.kept(tmp_path) is not None
+    path.write_text(json.dumps(document | {"preset": {"a_field_that_is_gone": 1}}))
+    assert cell.kept(tmp_path) is None
 
 
 def test_everything_is_measured_again_on_request(tmp_path: Path) -> None:
