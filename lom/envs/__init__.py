@@ -1,4 +1,4 @@
-"""Small environments with known optimal modes: forks, a bandit, the double circle.
+"""Environments with known optimal modes: forks, a bandit, the double circle, a robot arm with four targets.
 
 Registered on import, as gymnasium's `module:id` form expects (`gymnasium.make("lom.envs:lom/Fork-v0")`), and by the
 `gymnasium.envs` entry point, which `lom-train`, `lom-export` and `lom-act` load for every installed package.
@@ -13,6 +13,9 @@ _ENVS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "lom/ForkNoToll-v0": ("lom.envs.fork:ForkEnv", 50, {"toll": 0.0}),
     "lom/Bandit4-v0": ("lom.envs.bandit:Bandit4Env", 1, {}),
     "lom/DoubleCircle-v0": ("lom.envs.double_circle:DoubleCircleEnv", 1, {}),
+    "lom/Fetch4Reach-v0": ("lom.envs.fetch4:Fetch4Env", 50, {"kind": "Reach"}),
+    "lom/Fetch4Push-v0": ("lom.envs.fetch4:Fetch4Env", 50, {"kind": "Push"}),
+    "lom/Fetch4PickAndPlace-v0": ("lom.envs.fetch4:Fetch4Env", 50, {"kind": "PickAndPlace"}),
 }
 
 

@@ -21,7 +21,7 @@ UNIT = 1.2
 def _points(rows: int, rng: np.random.Generator) -> NDArray[np.float64]:
     radius = np.where(rng.random(rows) < INNER_SHARE, *RADII) + rng.uniform(-WIDTH / 2, WIDTH / 2, rows)
     angle = rng.uniform(0, 2 * np.pi, rows)
-    return (radius / UNIT)[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    return np.stack([np.cos(angle), np.sin(angle)], axis=1) * (radius / UNIT)[:, None]
 
 
 class DoubleCircleEnv(gymnasium.Env[Array, Array]):
