@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from lom.dataset import Transitions, load_transitions
 from lom.envs.bandit import bandit_demonstrations
 from lom.envs.double_circle import double_circle_demonstrations
+from lom.envs.fetch4 import Kind, fetch4_demonstrations
 from lom.envs.fork import fork_demonstrations
 from lom.evaluation import env_spaces
 from tests.bench.learning.rollouts import RANDOM, Mixing, roll_out
@@ -182,7 +184,33 @@ def _generated() -> list[Task]:
             **{**fork, "env": "lom/ForkNoToll-v0", "scale": Scale(random=-5.53, expert=3.47)},
         ),
         Task(name="fork_rewards_x0.1", generate=_scaled_fork, **fork),
+        *_fetch4(),
     ]
+
+
+def _fetch4() -> list[Task]:
+    # As for the forks, of 20 episodes.
+    kinds: dict[str, tuple[Kind, Scale]] = {
+        "reach": ("Reach", Scale(random=1.4, expert=48.0)),
+        "push": ("Push", Scale(random=0.0, expert=25.2)),
+        "pick": ("PickAndPlace", Scale(random=0.0, expert=29.4)),
+    }
+    return [
+        Task(
+            name=f"fetch4_{name}",
+            group="generated",
+            env=f"lom/Fetch4{kind}-v0",
+            preset="small",
+            scale=scale,
+            final_episodes=50,
+            generate=partial(_fetch4_arrays, kind),
+        )
+        for name, (kind, scale) in kinds.items()
+    ]
+
+
+def _fetch4_arrays(kind: Kind, seed: int) -> Arrays:
+    return fetch4_demonstrations(kind, seed=seed)
 
 
 _LOCOMOTION = {
