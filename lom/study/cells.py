@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -78,6 +79,11 @@ def _plain(value: Any) -> Any:
     return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
+def _die_silently() -> None:
+    # Ctrl-C reaches the whole group: the parent says that it was stopped, nobody else has to.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _measure(cell: Cell) -> tuple[Result, float]:
     torch.set_num_threads(1)  # a second one costs more than it brings on nets of 64 units
     started = time.process_time()
@@ -108,15 +114,18 @@ def measured(
             cell.keep(folder, result, cpu_s)
             yield cell, result
         return
-    with ProcessPoolExecutor(min(processes, len(missing)), multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(missing)), context, initializer=_die_silently) as pool:
         try:
             running = {pool.submit(_measure, cell): cell for cell in missing}
             for future in as_completed(running):
                 result, cpu_s = future.result()
                 running[future].keep(folder, result, cpu_s)
                 yield running[future], result
-        finally:
-            pool.shutdown(cancel_futures=True)
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()  # the pool would wait for cells that nobody wants any more
+            raise
 
 
 def cores() -> int:

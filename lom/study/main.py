@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -58,7 +59,7 @@ class StudyArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of `lom-study`; exits 0, or 2 with one line that says what was wrong, 130 when interrupted."""
+    """Entry point of `lom-study`; exits 0; 2 or 1 with one line that says what was wrong, 130 when interrupted."""
     console, errors = Console(highlight=False), Console(stderr=True)
     try:
         arguments = tyro.cli(StudyArguments, prog="lom-study", args=list(sys.argv[1:] if argv is None else argv))
@@ -70,6 +71,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         errors.print(f"lom-study: stopped; the same command goes on, {arguments.kept} keeps what was measured")
         raise SystemExit(130) from None
+    except (BrokenProcessPool, OSError) as error:
+        errors.print(f"lom-study: {error}", style="red", markup=False, soft_wrap=True)
+        raise SystemExit(1) from None
 
 
 def _table(arguments: StudyArguments) -> Table:

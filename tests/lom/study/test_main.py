@@ -49,6 +49,29 @@ def test_a_mistake_is_named_and_nothing_runs(
     assert "Traceback" not in printed.err
 
 
+def test_a_stopped_study_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "measured", stop)
+    with pytest.raises(SystemExit) as caught:
+        study.main(["selection", "--out", str(tmp_path)])
+    assert caught.value.code == 130
+    assert "the same command goes on, build/study keeps" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as caught:
+        study.main(["selection", "--out", str(tmp_path), "--kept", str(tmp_path / "file" / "kept")])
+    assert caught.value.code == 1
+    printed = capsys.readouterr().err
+    assert str(tmp_path / "file" / "kept") in "".join(printed.split("\n"))
+    assert "Traceback" not in printed
+
+
 def test_without_matplotlib_one_line_says_what_to_install() -> None:
     program = "import sys; sys.modules['matplotlib'] = None; import lom.study.__main__ as p; sys.exit(p.main())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
