@@ -1,4 +1,4 @@
-"""Plays a policy in a gymnasium environment, several episodes at a time, the same for every batch of episodes."""
+"""Plays a policy in a gymnasium environment, several episodes at a time, and says which variant to act by."""
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from gymnasium.spaces import Box, Dict, flatdim
 from numpy.typing import NDArray
+from rich.console import Console
 
 from lom.observation_parts import Parts, choose_keys, flatten_observation, leaves
 from lom.policy import LomPolicy
@@ -22,6 +23,7 @@ EVALUATION_SEED = 100_000
 """Seed of the first evaluation episode; far from the seeds that demonstrations and training use."""
 
 _PARALLEL_EPISODES = 20
+_RESAMPLES = 2_000
 
 
 class UnsuitableEnvError(ValueError):
@@ -41,12 +43,81 @@ class Evaluation:
     success_rate: float | None
 
     def to_json(self) -> dict[str, Any]:
-        """Mean, standard deviation (population) and success rate."""
+        """Mean and its 95 % interval, standard deviation (population) and success rate."""
         return {
             "return_mean": float(self.returns.mean()),
+            "return_interval": bootstrap_interval(self.returns),
             "return_std": float(self.returns.std()),
             "success_rate": self.success_rate,
         }
+
+
+def bootstrap_interval(results: NDArray[np.float64], *, level: float = 0.95) -> tuple[float, float]:
+    """Bounds of the mean: percentiles over 2,000 resamples, the same for the same results.
+
+    Too narrow below about ten results: what was never drawn cannot be resampled.
+
+    Args:
+        results: float64[E], one of each episode; or float64[K, E], by each of K estimators, and both are resampled.
+    """
+    rng, table = np.random.default_rng(0), np.atleast_2d(results)
+    estimators, episodes = table.shape
+    means = [
+        # Averaged over the drawn estimators first: K + E additions of rows instead of K x E.
+        table[rng.integers(estimators, size=estimators)].mean(axis=0)[rng.integers(episodes, size=episodes)].mean()
+        for _ in range(_RESAMPLES)
+    ]
+    low, high = np.quantile(means, [0.5 - level / 2, 0.5 + level / 2])
+    return float(low), float(high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recommendation:
+    """Which variant to act by.
+
+    Attributes:
+        variant: `actor` or `greedy_mode`.
+        reason: a sentence with the numbers.
+        warning: another where behaviour cloning is better than `variant`; else None.
+    """
+
+    variant: str
+    reason: str
+    warning: str | None
+
+    def show(self, console: Console) -> None:
+        """One line, and another where there is a warning."""
+        console.print(f"recommended: {self.variant} ({self.reason})", markup=False, soft_wrap=True)
+        if self.warning:
+            console.print(f"warning: {self.warning}", style="bold yellow", markup=False, soft_wrap=True)
+
+
+def recommend(results: Mapping[str, NDArray[np.float64]]) -> Recommendation:
+    """The actor where it is better than the greedy mode beyond chance, else the greedy mode.
+
+    Better beyond chance: the 95 % interval of the difference, episode by episode, lies above 0. In doubt the greedy
+    mode, which needs no actor, never acts between two modes, and explains each action by its mode and margin.
+
+    Args:
+        results: of `greedy_mode`, `actor` and `bc`, on the same episodes (from the same seeds): float64[E], or
+            float64[K, E] by K estimators.
+    """
+
+    def difference(variant: str, other: str) -> tuple[str, bool]:
+        gain = results[variant] - results[other]
+        low, high = bootstrap_interval(gain)
+        return f"{variant} - {other}: {gain.mean():.4g}, 95 % interval {low:.4g} to {high:.4g}", low > 0
+
+    compared, actor_is_better = difference("actor", "greedy_mode")
+    cloned = [difference("bc", variant) for variant in ("actor", "greedy_mode")]
+    warning = None
+    if all(is_better for _, is_better in cloned):
+        margins = "; ".join(margin for margin, _ in cloned)
+        warning = (
+            f"behaviour cloning is better than both ({margins}): there was little to select in this data, or training "
+            "was too short to value it; lom-export --with-bc exports it too"
+        )
+    return Recommendation(variant="actor" if actor_is_better else "greedy_mode", reason=compared, warning=warning)
 
 
 class EnvSpaces(NamedTuple):

@@ -6,10 +6,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import tyro
 from rich.console import Console
@@ -23,8 +24,9 @@ from lom.config import PRESETS, TrainConfig, preset_config
 from lom.dataset import DatasetError, Transitions, load_transitions
 from lom.dataset_card import DatasetCard
 from lom.dataset_files import find_dataset
-from lom.evaluation import EVALUATION_SEED, UnsuitableEnvError, env_spaces, evaluate, policy_act
+from lom.evaluation import EVALUATION_SEED, UnsuitableEnvError, env_spaces, evaluate, policy_act, recommend
 from lom.learner import Learner, LearningDivergedError, Stage
+from lom.off_policy_evaluation import FittedQConfig, evaluate_variants
 from lom.policy import VARIANTS, LomPolicy
 
 _STAGE_TITLES: dict[Stage, str] = {"mixture": "behaviour mixture", "policy": "critics and actor"}
@@ -54,8 +56,10 @@ class TrainArguments:
     """Go on with the run in --out."""
     strict: bool = False
     """Refuse actions outside the action space instead of clipping them."""
-    eval_episodes: int = 10
+    eval_episodes: int = 100
     """Episodes per variant at the end, where there is an environment."""
+    off_policy_evaluation: bool = True
+    """Where there is none: estimate from the data what each variant is worth (fitted-Q evaluation)."""
     checkpoint_every: int = 2_000
     """Gradient steps between checkpoints."""
     config: Annotated[TrainConfig, tyro.conf.OmitArgPrefixes] = field(default_factory=lambda: PRESETS["standard"])
@@ -117,7 +121,7 @@ def train(arguments: TrainArguments, console: Console) -> None:
         torch.set_num_threads(config.threads)
     spec, transitions, card = _read_data(arguments, console)
     console.print(card.tables())
-    for note in card.notes if arguments.env else (*card.notes, "no --env: nothing will be evaluated"):
+    for note in card.notes if arguments.env else (*card.notes, "no --env: nothing will be played"):
         console.print(f"warning: {note}", style="yellow", markup=False, soft_wrap=True)
     trained_on, held_out = transitions.hold_out(config.held_out_share, config.seed)
     del transitions  # a million rows should not be held twice
@@ -138,11 +142,20 @@ def train(arguments: TrainArguments, console: Console) -> None:
     metrics = _learn(learner, samples, arguments, console)
     training_s = time.monotonic() - started
     evaluation = {} if spec.env is None else _evaluate(learner.policy, spec, arguments.eval_episodes, console)
+    off_policy_evaluation = {}
+    if spec.env is None and arguments.off_policy_evaluation:
+        off_policy_evaluation = evaluate_variants(learner.policy, trained_on, FittedQConfig.after(config), console)
     failures = signatures.report(metrics)
     for failure in failures:
         warning = f"{failure['name']} ({failure['measured']:.2f}, limit {failure['limit']:g}): {failure['advice']}"
         console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
-    summary = {"training_s": round(training_s, 1), "metrics": metrics, "failures": failures, "evaluation": evaluation}
+    summary = {
+        "training_s": round(training_s, 1),
+        "metrics": metrics,
+        "failures": failures,
+        "evaluation": evaluation,
+        "off_policy_evaluation": off_policy_evaluation,
+    }
     runs.write_summary(folder, summary)
     console.print(f"trained in {training_s:.0f} s; run written to {folder}", markup=False, soft_wrap=True)
 
@@ -268,10 +281,11 @@ def _stop_requested() -> Iterator[Callable[[], bool]]:
 def _evaluate(policy: LomPolicy, spec: runs.RunSpec, episodes: int, console: Console) -> dict[str, Any]:
     env_id = str(spec.env)
     table = Table(title=f"{episodes} episodes of {env_id}", title_justify="left")
-    for heading in ("variant", "return", "success"):
+    for heading in ("variant", "return", "95 % interval of the mean", "success"):
         table.add_column(heading)
     results: dict[str, Any] = {}
-    with Progress(TextColumn("evaluation"), BarColumn(), MofNCompleteColumn(), console=console) as progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
         bar = progress.add_task("evaluation", total=episodes * len(VARIANTS))
         for variant in VARIANTS:
             outcome = evaluate(
@@ -282,11 +296,21 @@ def _evaluate(policy: LomPolicy, spec: runs.RunSpec, episodes: int, console: Con
                 observation_keys=spec.observation_keys,
                 on_episode=lambda: progress.advance(bar),
             )
-            results[variant] = outcome.to_json()
+            results[variant] = {**outcome.to_json(), "returns": outcome.returns.tolist()}
+            low, high = results[variant]["return_interval"]
             success = "" if outcome.success_rate is None else f"{outcome.success_rate:.2f}"
-            table.add_row(variant, f"{outcome.returns.mean():.2f} ± {outcome.returns.std():.2f}", success)
+            spread = f"{outcome.returns.mean():.2f} ± {outcome.returns.std():.2f}"
+            table.add_row(variant, spread, f"{low:.2f} to {high:.2f}", success)
     console.print(table)
-    return {"env": env_id, "episodes": episodes, "seed": EVALUATION_SEED, "variants": results}
+    recommendation = recommend({variant: np.array(result["returns"]) for variant, result in results.items()})
+    recommendation.show(console)
+    return {
+        "env": env_id,
+        "episodes": episodes,
+        "seed": EVALUATION_SEED,
+        "variants": results,
+        "recommended": asdict(recommendation),
+    }
 
 
 if __name__ == "__main__":

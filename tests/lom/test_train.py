@@ -56,7 +56,7 @@ STEPS = [100, 900]
 def settings(dataset: Path) -> list[str]:
     """A run long enough to be stopped, with a checkpoint every 50 steps."""
     steps = ["--mixture-steps", str(STEPS[0]), "--steps", str(STEPS[1]), "--checkpoint-every", "50"]
-    return [str(dataset), "--preset", "small", *steps]
+    return [str(dataset), "--preset", "small", *steps, "--no-off-policy-evaluation"]
 
 
 @pytest.fixture(scope="module")
