@@ -23,7 +23,6 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Circle
 
 _TRUTH, _LEARNED, _OTHER, _DATA = "#444444", "#c0392b", "#2980b9", "#c8c8c8"
 _COLOURS = (_OTHER, "#16a085", _LEARNED, "#8e44ad")
@@ -263,20 +262,20 @@ def corrupted(
     tabular.set_ylim(bottom=1e-2)
 
     best = CORNERS[exact.argmax()]
-    for number, row in enumerate(forced):
-        mean, tilted, action = (np.array(row[name]) for name in ("mode_mean", "tilted_mean", "action"))
-        first = number == 0
-        modes.add_patch(Circle(tuple(mean), 2 * float(np.mean(row["mode_std"])), color=_DATA, alpha=0.2, linewidth=0))
-        modes.scatter(*mean, color=_TRUTH, s=12, marker="x", label="forced mode's mean" if first else None)
-        modes.scatter(*tilted, s=30, facecolors="none", edgecolors=_TRUTH, label="closed form" if first else None)
-        modes.scatter(*action, color=_LEARNED, s=10, label="actor" if first else None, zorder=3)
-    modes.annotate(
-        "value rises to here", tuple(best), (0.0, -0.35), fontsize=7, ha="center", arrowprops={"arrowstyle": "->"}
+    means, tilted, actions = (
+        np.array([row[name] for row in forced]) for name in ("mode_mean", "tilted_mean", "action")
     )
-    modes.set(xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), aspect="equal", title="imitation of a forced mode")
+    missing, expected, moved = (np.linalg.norm(there - means, axis=1) for there in (best, tilted, actions))
+    modes.scatter(missing, expected, s=40, facecolors="none", edgecolors=_TRUTH, label="closed form")
+    modes.scatter(missing, moved, s=10, color=_LEARNED, label="actor")
+    modes.axhline(float(np.mean([row["mode_std"] for row in forced])), color=_DATA, label="σ of the modes")
+    modes.set(
+        title="imitation of a forced mode",
+        xlabel="from the forced mode to the best one",
+        ylabel="from the forced mode to the actor",
+    )
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
         axes.title.set_fontsize(10)
         axes.legend(frameon=False, fontsize=6.5)
-    modes.legend(frameon=False, fontsize=6.5, loc="center")
     _save(figure, path)

@@ -359,7 +359,11 @@ def _corrupted_rows(results: Measured) -> Iterable[Row]:
     yield "forced mode: actor's distance from the closed form", mean_and_worst(distances, max), "0; mode sd 0.05"
     for reward in sorted(exact):
         rewards = [row["reward"] for row in forced if abs(row["reward"] - reward) < 0.5]
-        yield f"forced mode worth {reward:g}: reward of the actor", mean_and_interval(rewards), f"{reward:g}, not 5"
+        yield (
+            f"forced mode worth {reward:g}: reward of the actor",
+            mean_and_interval(rewards),
+            f"{reward:g}, the mode's own",
+        )
 
 
 def _draw_corrupted(results: Measured, path: Path) -> None:

@@ -79,7 +79,7 @@ def made_up(cell: Cell) -> Result:
                     "at most 2",
                 ),
                 "forced mode: actor's distance from the closed form": ("0.030 (0.030)", "0; mode sd 0.05"),
-                "forced mode worth 3: reward of the actor": ("3.000 [3.000, 3.000]", "3, not 5"),
+                "forced mode worth 3: reward of the actor": ("3.000 [3.000, 3.000]", "3, the mode's own"),
             },
         ),
     ],
