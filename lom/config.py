@@ -98,6 +98,9 @@ class TrainConfig:
     """Share of the episodes that nothing is trained on, at least one of ten: export calibrates its warnings there."""
     mixture_cache_bytes: int = 1 << 30
     """The frozen mixture's outputs for the whole dataset are kept where they fit in this many bytes."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where data and networks are; auto is a GPU where torch sees one. It decides the random numbers too. Training on
+    a GPU is untested."""
     threads: int = 0
     """torch's CPU threads; 0 leaves its default. Nets of 64 units are fastest with 1."""
 
@@ -175,6 +178,7 @@ _CHOICES = {
     "initial_means": ("data", "network"),
     "critic_reduction": ("mean", "min", "first"),
     "imitated_actions": ("samples", "data"),
+    "device": ("auto", "cpu", "cuda"),
     "advantage_baseline": ("mode_mean", "policy", "hyper"),
 }
 

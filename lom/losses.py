@@ -1,8 +1,10 @@
 """The equations of LOM as pure functions, each with its number in the paper.
 
-The mixture's loss (eq. 15) is `BehaviourMixture.negative_log_likelihood`.
+The mixture's loss (eq. 15) is `BehaviourMixture.negative_log_likelihood`. In shapes, `...` is nothing for one run, and
+the seed axis for several that train as one: every loss is one number for each of them.
 """
 
+import math
 from typing import Literal
 
 import torch
@@ -12,7 +14,8 @@ from torch import Tensor
 def sarsa_target(rewards: Tensor, terminals: Tensor, next_values: Tensor, discount: float) -> Tensor:
     """y = r + γ (1 - terminal) min_c Q̄_c(s', a'), a' being the action that the data took next (eq. 16).
 
-    Shapes: rewards float32[B], terminals float32[B] (1 where s' is absorbing), next_values float32[C, B] -> [B].
+    Shapes: rewards float32[..., B], terminals float32[..., B] (1 where s' is absorbing), next_values
+    float32[C, ..., B] -> [..., B].
     """
     return rewards + discount * (1.0 - terminals) * next_values.amin(dim=0)
 
@@ -20,17 +23,17 @@ def sarsa_target(rewards: Tensor, terminals: Tensor, next_values: Tensor, discou
 def critic_loss(values: Tensor, targets: Tensor) -> Tensor:
     """Squared error of every critic against the shared target: mean over rows, sum over critics (eq. 16).
 
-    Shapes: values float32[C, B], targets float32[B].
+    Shapes: values float32[C, ..., B], targets float32[..., B] -> [...].
     """
-    return (values - targets).square().mean(dim=1).sum()
+    return (values - targets).square().mean(dim=-1).sum(dim=0)
 
 
 def hyper_critic_loss(hyper_q: Tensor, sampled_values: Tensor) -> Tensor:
     """(Q_H(s, k) - Q(s, a_k))², a_k one sample of component k; mean over rows and components (eq. 17).
 
-    Shapes: both float32[B, M]. One sample is enough: the regression averages it into the expectation.
+    Shapes: both float32[..., B, M] -> [...]. One sample is enough: the regression averages it into the expectation.
     """
-    return (hyper_q - sampled_values).square().mean()
+    return (hyper_q - sampled_values).square().mean(dim=(-2, -1))
 
 
 def reduced_value(values: Tensor, reduction: Literal["mean", "min", "first"]) -> Tensor:
@@ -41,8 +44,8 @@ def reduced_value(values: Tensor, reduction: Literal["mean", "min", "first"]) ->
 
 
 def normalised_advantages(advantages: Tensor) -> Tensor:
-    """A / rms(A) over the whole batch; not centred, so that 0 still means "as good as the baseline"."""
-    return advantages / advantages.square().mean().sqrt().clamp(min=1e-6)
+    """A / rms(A) over the whole batch, float32[..., B, n]; not centred: 0 still means "as good as the baseline"."""
+    return advantages / advantages.square().mean(dim=(-2, -1), keepdim=True).sqrt().clamp(min=1e-6)
 
 
 def imitation_weights(advantages: Tensor, inverse_temperature: float, max_imitation_weight: float) -> Tensor:
@@ -50,16 +53,15 @@ def imitation_weights(advantages: Tensor, inverse_temperature: float, max_imitat
 
     The exponent is clipped before exp, which gives the same weight and never overflows.
     """
-    ceiling = torch.log(torch.tensor(max_imitation_weight))
-    return torch.exp(torch.minimum(inverse_temperature * advantages, ceiling))
+    return torch.exp((inverse_temperature * advantages).clamp(max=math.log(max_imitation_weight)))
 
 
 def weighted_imitation_loss(policy_actions: Tensor, imitated_actions: Tensor, weights: Tensor) -> Tensor:
     """mean_i w_i · mean_dim (π(s_i) - â_i)² (eq. 18 with a deterministic policy).
 
-    Shapes: actions float32[B, A], weights float32[B], which carry no gradient.
+    Shapes: actions float32[..., B, A], weights float32[..., B], which carry no gradient -> [...].
     """
-    return (weights * (policy_actions - imitated_actions).square().mean(dim=-1)).mean()
+    return (weights * (policy_actions - imitated_actions).square().mean(dim=-1)).mean(dim=-1)
 
 
 def self_normalised_target(
@@ -70,8 +72,7 @@ def self_normalised_target(
     The minimiser of the weighted squared error of one state (eq. 18) over its n actions; every state then counts once,
     as in E_s |π(s) - E_{π*}[a|s]|². A softmax, so that weights which all vanish still have a mean.
 
-    Shapes: imitated_actions float32[B, n, A], advantages float32[B, n] -> [B, A].
+    Shapes: imitated_actions float32[..., B, n, A], advantages float32[..., B, n] -> [..., B, A].
     """
-    ceiling = torch.log(torch.tensor(max_imitation_weight))
-    shares = torch.softmax(torch.minimum(inverse_temperature * advantages, ceiling), dim=1)
-    return (shares.unsqueeze(-1) * imitated_actions).sum(dim=1)
+    exponents = (inverse_temperature * advantages).clamp(max=math.log(max_imitation_weight))
+    return (torch.softmax(exponents, dim=-1).unsqueeze(-1) * imitated_actions).sum(dim=-2)

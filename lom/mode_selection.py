@@ -1,4 +1,7 @@
-"""Which component acts: the greedy hyper-policy, restricted to components that the behaviour really uses."""
+"""Which component acts: the greedy hyper-policy, restricted to components that the behaviour really uses.
+
+In shapes, `...` is nothing, or the seed axis of several runs that train as one.
+"""
 
 from typing import NamedTuple
 
@@ -10,9 +13,9 @@ class ModeChoice(NamedTuple):
     """The greedy hyper-policy's choice at B observations.
 
     Attributes:
-        mode: index of the chosen component, int64[B].
-        margin: its hyper-Q minus the runner-up's among the allowed components, float32[B]; NaN without a runner-up.
-        overruled: bool[B], the plain argmax over all components would have chosen an excluded one.
+        mode: index of the chosen component, int64[..., B].
+        margin: its hyper-Q minus the runner-up's among the allowed components, float32[..., B]; NaN without one.
+        overruled: bool[..., B], the plain argmax over all components would have chosen an excluded one.
     """
 
     mode: Tensor
@@ -26,14 +29,14 @@ def select_mode(hyper_q: Tensor, mixing_weights: Tensor, min_mixing_weight: floa
     Without that mask the argmax falls for components that no data supports, whose actions are arbitrary and whose
     values are extrapolated (LOM's fourth trap). The heaviest component always stays allowed.
 
-    Shapes: hyper_q and mixing_weights float32[B, M].
+    Shapes: hyper_q and mixing_weights float32[..., B, M].
     """
     heaviest = mixing_weights.amax(dim=-1, keepdim=True)
     allowed = (mixing_weights >= min_mixing_weight) | (mixing_weights >= heaviest)
     masked = torch.where(allowed, hyper_q, -torch.inf)
     mode = masked.argmax(dim=-1)
     if hyper_q.shape[-1] == 1:
-        margin = torch.full_like(hyper_q[:, 0], torch.nan)
+        margin = torch.full_like(hyper_q[..., 0], torch.nan)
     else:
         best, second = masked.topk(2, dim=-1).values.unbind(dim=-1)
         margin = torch.where(torch.isinf(second), torch.nan, best - second)
@@ -41,6 +44,6 @@ def select_mode(hyper_q: Tensor, mixing_weights: Tensor, min_mixing_weight: floa
 
 
 def gather_component(parameters: Tensor, mode: Tensor) -> Tensor:
-    """The chosen component's row of a per-component array: float32[B, M, A] and int64[B] -> float32[B, A]."""
-    index = mode.view(-1, 1, 1).expand(-1, 1, parameters.shape[-1])
-    return parameters.gather(1, index).squeeze(1)
+    """The chosen component's row of a per-component array: float32[..., B, M, A] and int64[..., B] -> [..., B, A]."""
+    index = mode[..., None, None].expand(*(-1 for _ in mode.shape), 1, parameters.shape[-1])
+    return parameters.gather(-2, index).squeeze(-2)

@@ -1,9 +1,13 @@
-"""The five function approximators. All take normalised observations and unit actions ([-1, 1])."""
+"""The five function approximators. All take normalised observations and unit actions ([-1, 1]).
 
+In shapes, `...` is nothing for a network of its own, and the seed axis S for networks that `stacked` made one.
+"""
+
+import copy
 import math
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import NamedTuple
+from itertools import chain, pairwise
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -16,21 +20,60 @@ _INITIAL_LOG_STD = -5.0 / (1.0 + math.exp(2.0))
 _MEAN_LIMIT = 0.999
 
 
+_Network = TypeVar("_Network", bound=nn.Module)
+
+
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x Wᵀ + b: float32[..., rows, I], [..., O, I] and [..., O] -> [..., rows, O]; rows may be several axes."""
+    if weight.dim() == 2:
+        return F.linear(inputs, weight, bias)
+    outputs = torch.baddbmm(bias.unsqueeze(1), inputs.flatten(1, -2), weight.mT)
+    # Not a view where none is needed: ReLU in place of a view would copy its gradient.
+    return outputs if inputs.dim() == 3 else outputs.view(*inputs.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    """A linear layer that can be stacked."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """float32[..., rows, I] -> [..., rows, O]."""
+        return linear(inputs, self.weight, self.bias)
+
+
 def mlp(sizes: Sequence[int]) -> nn.Sequential:
     """Linear layers of `sizes` with ReLU between them and none at the end."""
     layers: list[nn.Module] = []
     for width_in, width_out in pairwise(sizes):
-        layers += [nn.Linear(width_in, width_out), nn.ReLU()]
+        layers += [Linear(width_in, width_out), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers[:-1])
+
+
+@torch.no_grad()
+def stacked(networks: Sequence[_Network]) -> _Network:
+    """One network that is S networks of the same make: every tensor gains a leading seed axis.
+
+    The networks that were given are views on it from then on: what one side learns or loads, the other has.
+    """
+
+    def tensors(network: nn.Module) -> dict[str, Tensor]:
+        return dict(chain(network.named_parameters(), network.named_buffers()))
+
+    whole = copy.deepcopy(networks[0])
+    parts = [tensors(network) for network in networks]
+    for name, tensor in tensors(whole).items():
+        tensor.data = torch.stack([part[name] for part in parts])
+        for part, view in zip(parts, tensor.data, strict=True):
+            part[name].data = view
+    return whole
 
 
 class Mixture(NamedTuple):
     """Parameters of the behaviour mixture at B observations.
 
     Attributes:
-        log_weights: log of the mixing weights, float32[B, M], normalised.
-        means: component means, float32[B, M, A], unit actions.
-        log_stds: float32[B, M, A], inside (the mixture's floor, LOG_STD_MAX).
+        log_weights: log of the mixing weights, float32[..., B, M], normalised.
+        means: component means, float32[..., B, M, A], unit actions.
+        log_stds: float32[..., B, M, A], inside (the mixture's floor, LOG_STD_MAX).
     """
 
     log_weights: Tensor
@@ -38,17 +81,17 @@ class Mixture(NamedTuple):
     log_stds: Tensor
 
     def log_prob(self, unit_actions: Tensor) -> Tensor:
-        """log π_b(a|s) = logsumexp_k(log α_k + log N(a; μ_k, σ_k²)), float32[B] (eq. 15)."""
+        """log π_b(a|s) = logsumexp_k(log α_k + log N(a; μ_k, σ_k²)), float32[..., B] (eq. 15)."""
         return torch.logsumexp(self._log_joint(unit_actions), dim=-1)
 
     def responsibilities(self, unit_actions: Tensor) -> Tensor:
-        """α_k N(a; μ_k, σ_k²) / π_b(a|s): the probability that component k brought forth a, float32[B, M]."""
+        """α_k N(a; μ_k, σ_k²) / π_b(a|s): the probability that component k brought forth a, float32[..., B, M]."""
         return torch.softmax(self._log_joint(unit_actions), dim=-1)
 
     def _log_joint(self, unit_actions: Tensor) -> Tensor:
-        """log α_k + log N(a; μ_k, σ_k²), float32[B, M]."""
-        standardised = (unit_actions.unsqueeze(1) - self.means) * torch.exp(-self.log_stds)
-        constant = 0.5 * torch.log(torch.tensor(2.0 * torch.pi))
+        """log α_k + log N(a; μ_k, σ_k²), float32[..., B, M]."""
+        standardised = (unit_actions.unsqueeze(-2) - self.means) * torch.exp(-self.log_stds)
+        constant = 0.5 * math.log(2.0 * math.pi)
         return self.log_weights - (0.5 * standardised.square() + self.log_stds + constant).sum(dim=-1)
 
 
@@ -71,22 +114,23 @@ class BehaviourMixture(nn.Module):
         self.log_std_min = log_std_min
         self.num_components = num_components
         self.action_dim = action_dim
-        self.trunk = nn.Sequential(mlp([observation_dim, *hidden]), nn.ReLU())
-        self.mixing_logits = nn.Linear(hidden[-1], num_components)
-        self.raw_means = nn.Linear(hidden[-1], num_components * action_dim)
-        self.raw_log_stds = nn.Linear(hidden[-1], num_components * action_dim)
+        self.trunk = nn.Sequential(mlp([observation_dim, *hidden]), nn.ReLU(inplace=True))
+        self.mixing_logits = Linear(hidden[-1], num_components)
+        self.raw_means = Linear(hidden[-1], num_components * action_dim)
+        self.raw_log_stds = Linear(hidden[-1], num_components * action_dim)
 
     def forward(self, observations: Tensor) -> Mixture:
-        """float32[B, O] -> mixture parameters."""
+        """float32[..., B, O] -> mixture parameters."""
         features = self.trunk(observations)
-        shape = (-1, self.num_components, self.action_dim)
+        shape = (self.num_components, self.action_dim)
         span = LOG_STD_MAX - self.log_std_min
         # The clamp's input at which a log-std is _INITIAL_LOG_STD, whatever the span.
         shift = math.log((_INITIAL_LOG_STD - self.log_std_min) / (LOG_STD_MAX - _INITIAL_LOG_STD))
+        raw_log_stds = self.raw_log_stds(features)
         return Mixture(
             log_weights=F.log_softmax(self.mixing_logits(features), dim=-1),
-            means=torch.tanh(self.raw_means(features)).view(shape),
-            log_stds=(self.log_std_min + span * torch.sigmoid(self.raw_log_stds(features) + shift)).view(shape),
+            means=torch.unflatten(torch.tanh(self.raw_means(features)), -1, shape),
+            log_stds=torch.unflatten(self.log_std_min + span * torch.sigmoid(raw_log_stds + shift), -1, shape),
         )
 
     @torch.no_grad()
@@ -105,9 +149,9 @@ class BehaviourMixture(nn.Module):
         self.raw_means.bias.copy_(torch.atanh(centres.clamp(-0.99, 0.99)).flatten())
 
     def negative_log_likelihood(self, observations: Tensor, unit_actions: Tensor) -> Tensor:
-        """Eq. 15, averaged over rows. Actions on the bounds are moved inside: tanh means cannot reach them."""
+        """Eq. 15, averaged over rows, float32[...]. Actions on the bounds move inside: tanh means cannot reach them."""
         mixture: Mixture = self(observations)
-        return -mixture.log_prob(unit_actions.clamp(-_MEAN_LIMIT, _MEAN_LIMIT)).mean()
+        return -mixture.log_prob(unit_actions.clamp(-_MEAN_LIMIT, _MEAN_LIMIT)).mean(dim=-1)
 
 
 class Critic(nn.Module):
@@ -131,7 +175,7 @@ class HyperCritic(nn.Module):
         self.body = mlp([observation_dim, *hidden, num_components])
 
     def forward(self, observations: Tensor) -> Tensor:
-        """float32[B, O] -> float32[B, M]."""
+        """float32[..., B, O] -> float32[..., B, M]."""
         values: Tensor = self.body(observations)
         return values
 
@@ -152,10 +196,11 @@ class OneHotHyperCritic(nn.Module):
         self.rest = mlp([*hidden, 1])
 
     def forward(self, observations: Tensor) -> Tensor:
-        """float32[B, O] -> float32[B, M]."""
-        shared = F.linear(observations, self.observation_weight, self.bias)
-        first = shared.unsqueeze(1) + self.component_weight.T
-        values: Tensor = self.rest(torch.relu(first)).squeeze(-1)
+        """float32[..., B, O] -> float32[..., B, M]."""
+        shared = linear(observations, self.observation_weight, self.bias)
+        columns = self.component_weight.mT
+        first = shared.unsqueeze(-2) + (columns if columns.dim() == 2 else columns.unsqueeze(1))
+        values: Tensor = self.rest(torch.relu_(first)).squeeze(-1)
         return values
 
 
@@ -167,5 +212,5 @@ class Actor(nn.Module):
         self.body = mlp([observation_dim, *hidden, action_dim])
 
     def forward(self, observations: Tensor) -> Tensor:
-        """float32[B, O] -> float32[B, A]."""
+        """float32[..., B, O] -> float32[..., B, A]."""
         return torch.tanh(self.body(observations))

@@ -6,20 +6,23 @@ RUN/
   checkpoint.safetensors   networks, optimisers, random state, a sample of observations; replaced atomically
   summary.json             losses and evaluation at the end
   tensorboard/             curves
+
+Of several seeds that train as one, RUNS/seed-0, RUNS/seed-1, ... are such folders.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -74,6 +77,10 @@ class RunSpec:
     def observation_keys(self) -> tuple[str, ...]:
         """Keys of dict observations, in order."""
         return tuple(key for key, _ in self.observation_parts)
+
+    def learns_as(self, other: "RunSpec") -> bool:
+        """Whether a run of one may go on as the other: all is the same but the device."""
+        return replace(self, config=replace(self.config, device=other.config.device)) == other
 
     def to_json(self) -> str:
         """Strict JSON: an infinite bound is null."""
@@ -168,19 +175,41 @@ def create_run(folder: Path, spec: RunSpec, card: DatasetCard | None = None) -> 
     Raises:
         RunError: the folder is there already, or cannot be made.
     """
+    with _new_folder(folder) as partial:
+        _describe_run(partial, spec, card)
+
+
+def create_runs(folder: Path, specs: Mapping[str, RunSpec], card: DatasetCard | None = None) -> None:
+    """Makes the folder with one run in it for every name.
+
+    Raises:
+        RunError: the folder is there already, or cannot be made.
+    """
+    with _new_folder(folder) as partial:
+        for name, spec in specs.items():
+            (partial / name).mkdir()
+            _describe_run(partial / name, spec, card)
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """Made beside and renamed, so that a kill at any moment leaves what can be resumed, or nothing."""
     require_new(folder)
-    # Made beside and renamed, so that a kill at any moment leaves a run that can be resumed, or none.
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        if card is not None:
-            (partial / CARD_FILE).write_text(card.to_json())
-        (partial / RUN_FILE).write_text(spec.to_json())
+        yield partial
         os.replace(partial, folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise RunError(f"--out {folder}: cannot be written: {error.strerror}") from error
+
+
+def _describe_run(folder: Path, spec: RunSpec, card: DatasetCard | None) -> None:
+    if card is not None:
+        (folder / CARD_FILE).write_text(card.to_json())
+    (folder / RUN_FILE).write_text(spec.to_json())
 
 
 def open_run(folder: Path) -> RunSpec:
@@ -203,14 +232,57 @@ def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], samples: DataSa
     Raises:
         RunError: the disk refuses; the old checkpoint stays.
     """
-    partial = folder / f".{CHECKPOINT_FILE}.partial"
+    save_checkpoints([(folder, tensors, samples)])
+
+
+def save_checkpoints(checkpoints: Sequence[tuple[Path, Mapping[str, Tensor], DataSamples]]) -> None:
+    """Replaces the checkpoints of runs that train as one: all are written before the first is replaced.
+
+    Raises:
+        RunError: the disk refuses; the old checkpoints stay.
+    """
+    written = False
     try:
-        arrays = {f"{_SAMPLE_PREFIX}{name}": torch.from_numpy(array) for name, array in vars(samples).items()}
-        save_file({**tensors, **arrays}, partial)
-        os.replace(partial, folder / CHECKPOINT_FILE)
+        for folder, tensors, samples in checkpoints:
+            arrays = {f"{_SAMPLE_PREFIX}{name}": torch.from_numpy(array) for name, array in vars(samples).items()}
+            save_file({**tensors, **arrays}, _partial(folder))
+        written = True
+        for folder, _, _ in checkpoints:
+            os.replace(_partial(folder), folder / CHECKPOINT_FILE)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
+        for each, _, _ in () if written else checkpoints:  # whole ones are for `finish_saving`
+            _partial(each).unlink(missing_ok=True)
         raise RunError(f"{folder / CHECKPOINT_FILE}: cannot be written: {error}") from error
+
+
+def finish_saving(folders: Sequence[Path]) -> None:
+    """Mends what a kill between the replacements of `save_checkpoints` left: some runs are ahead of the others.
+
+    That any run is ahead proves that every checkpoint of that step was written whole.
+
+    Raises:
+        RunError: an unreadable checkpoint.
+    """
+    steps_done = [_steps_done(folder) for folder in folders]
+    for folder, done in zip(folders, steps_done, strict=True):
+        if done < max(steps_done) and _partial(folder).is_file():
+            os.replace(_partial(folder), folder / CHECKPOINT_FILE)
+
+
+def _steps_done(folder: Path) -> int:
+    """Of both stages; -1 where there is no checkpoint."""
+    path = folder / CHECKPOINT_FILE
+    if not path.is_file():
+        return -1
+    try:
+        with safe_open(path, "pt") as file:
+            return int(file.get_tensor("steps_done").sum())
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path}: expected a checkpoint of lom-train, it is damaged or foreign") from error
+
+
+def _partial(folder: Path) -> Path:
+    return folder / f".{CHECKPOINT_FILE}.partial"
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], DataSamples]:

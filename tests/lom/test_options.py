@@ -110,7 +110,7 @@ def test_three_ways_to_hear_three_critics() -> None:
 def test_normalised_advantages_have_root_mean_square_one_and_keep_their_zero() -> None:
     advantages = torch.tensor([[3.0, 0.0], [-4.0, 5.0]])
     torch.testing.assert_close(losses.normalised_advantages(advantages), advantages / math.sqrt(12.5))
-    assert losses.normalised_advantages(torch.zeros(3)).tolist() == [0.0, 0.0, 0.0]
+    assert losses.normalised_advantages(torch.zeros(1, 3)).tolist() == [[0.0, 0.0, 0.0]]
 
 
 def test_the_self_normalised_target_by_hand() -> None:
