@@ -4,5 +4,6 @@
     python -m tests.bench.learning report
 
 tasks.py says what is learned from, methods.py by what; d3rlpy_trainer.py runs in an environment of its own and hands
-policies back; runner.py does what is missing; results.py keeps it; report.py makes tables and pictures of it.
+policies back; trial.py trains and evaluates; runner.py does what is missing; results.py keeps it; report.py and
+pictures.py show it.
 """

@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--mixture-steps", type=int, default=0, help="mixture steps; 0 takes the task's")
     parser.add_argument("--rows", type=int, default=0, help="length of a roll-out; 0 takes the task's")
     parser.add_argument("--processes", type=int, default=1, help="results worked on at a time, one thread each")
-    parser.add_argument("--seeds-at-once", type=int, default=1, help="seeds of ours that are trained together")
+    parser.add_argument("--seeds-at-once", type=int, default=8, help="seeds of ours that are trained together")
     arguments = parser.parse_args()
     try:
         tasks = _task_names(arguments.tasks)

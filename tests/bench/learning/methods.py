@@ -105,5 +105,5 @@ def settings_of(task: Task, method: str, budget: Budget) -> Mapping[str, Any]:
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
     """As JSON gives it back, without what does not decide a result."""
-    ignored = ("seed", "threads", "mixture_cache_bytes")
+    ignored = ("seed", "threads", "device", "mixture_cache_bytes")
     return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if k not in ignored}

@@ -235,19 +235,22 @@ def test_settings_from_before_an_option_existed_are_those_with_its_default(tmp_p
 
 def test_a_run_keeps_each_result_and_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     results = Results(tmp_path / "results.jsonl")
-    jobs = missing_jobs(results, ["bandit4"], ["lom"], range(1), steps=10, mixture_steps=10)
+    jobs = missing_jobs(results, ["bandit4"], ["lom"], range(2), steps=10, mixture_steps=10, seeds_at_once=2)
     monkeypatch.delenv(DATA_VARIABLE, raising=False)
     jobs = [*missing_jobs(results, ["hopper-real-mix"], ["lom"], range(1)), *jobs]
     failures = run_jobs(jobs, results, Console(quiet=True))
     assert len(failures) == 1
     assert "LOM_BENCH_DATA" in failures[0]
-    (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
-    kept = json.loads(line)
+    kept, other = (json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines())
     assert key_of(kept) == ("bandit4", "lom", 0, jobs[-1].settings)
+    assert key_of(other) == ("bandit4", "lom", 1, jobs[-1].settings)
+    assert kept["data"] != other["data"]
+    assert kept["variants"] != other["variants"]
     assert set(kept["variants"]) == {"actor", "greedy_mode", "bc"}
     assert len(kept["variants"]["actor"]["curve"]) == 10
     assert kept["rows"] == 10_000
     assert kept["train_cpu_s"] > 0
+    assert kept["seeds_at_once"] == 2
 
 
 # -------------------------------------------------------------------- statistics and report
