@@ -7,9 +7,17 @@ import pytest
 import torch
 
 from lom.envs.bandit import CORNER_REWARDS, CORNERS
-from lom.study.checks import TASKS, measure_choices, measure_error_bound, measure_forced_modes, measure_sensitivity
-from lom.study.experiments import continued, trained
-from lom.study.hyper_policies import value_of_noisy_choice, value_of_random_share
+from lom.evaluation import EVALUATION_SEED, evaluate, policy_act
+from lom.study.checks import (
+    TASKS,
+    measure_choices,
+    measure_error_bound,
+    measure_forced_modes,
+    measure_sensitivity,
+    played_value,
+)
+from lom.study.experiments import continued, trained, untrained
+from lom.study.hyper_policies import rules, value_of_noisy_choice, value_of_random_share
 
 
 def test_a_trained_bandit_earns_what_every_rule_is_worth() -> None:
@@ -24,6 +32,25 @@ def test_a_trained_bandit_earns_what_every_rule_is_worth() -> None:
         assert value == pytest.approx(value_of_random_share(values, float(share)), abs=0.06)
     for noise_std, value in found["noise"].items():
         assert value == pytest.approx(value_of_noisy_choice(values, float(noise_std)), abs=0.15)
+
+
+def test_on_the_fork_modes_are_drawn_at_every_step_and_act_by_their_means() -> None:
+    """An untrained policy will do: one-hot hyper-policies give what `greedy_mode` returns, random ones draw."""
+    task = replace(TASKS["fork"], episodes=5)
+    policy = untrained(task.transitions(0), task.config(seed=0)).policy
+    chosen = evaluate(policy_act(policy, "greedy_mode"), task.env_id, episodes=5, seed=EVALUATION_SEED).returns.mean()
+
+    def value(rule: str, seed: int) -> float:
+        return played_value(policy, lambda seen, answer: rules(answer, task.best_actions(seen), 0.05)[rule], task, seed)
+
+    assert value("hyper_q", 0) == chosen == value("hyper_q", 1)
+    assert value("random_uniform", 0) == value("random_uniform", 0) != value("random_uniform", 1)
+
+
+def test_the_forks_oracle_goes_below_the_obstacle() -> None:
+    """From (-0.3, 0) to (0, -0.7): (0.3, -0.7) / √0.58."""
+    (action,) = TASKS["fork"].best_actions(torch.tensor([[-0.3, 0.0]]))
+    assert action.tolist() == pytest.approx([0.3 / 0.58**0.5, -0.7 / 0.58**0.5], abs=1e-6)
 
 
 def test_actors_on_top_of_one_mixture_are_those_that_are_trained_alone() -> None:
