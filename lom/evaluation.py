@@ -32,7 +32,7 @@ class UnsuitableEnvError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Undiscounted returns of whole episodes.
+    """Returns of whole episodes.
 
     Attributes:
         returns: float64[E], in the order of the episodes' seeds.
@@ -207,6 +207,7 @@ def evaluate(
     *,
     episodes: int,
     seed: int,
+    discount: float = 1.0,
     observation_keys: Sequence[str] = (),
     on_episode: Callable[[], None] = lambda: None,
 ) -> Evaluation:
@@ -214,11 +215,12 @@ def evaluate(
 
     Args:
         act: observations float32[B, O] -> actions float32[B, A].
+        discount: γ of the returns; rewards count in full if not given.
         observation_keys: as for `make_env`.
     """
     waiting = list(reversed(range(episodes)))
     envs = [make_env(env_id, observation_keys) for _ in range(min(episodes, _PARALLEL_EPISODES))]
-    returns = np.zeros(episodes)
+    returns, weights = np.zeros(episodes), np.ones(episodes)
     successes: list[bool] = []
     running: dict[int, tuple[Env, Array]] = {}
     idle = list(envs)
@@ -229,7 +231,8 @@ def evaluate(
         actions = act(np.stack([observation for _, observation in running.values()]).astype(np.float32))
         for (episode, (env, _)), action in zip(list(running.items()), actions, strict=True):
             observation, reward, terminated, truncated, info = env.step(action)
-            returns[episode] += float(reward)
+            returns[episode] += weights[episode] * float(reward)
+            weights[episode] *= discount
             running[episode] = (env, observation)
             if terminated or truncated:
                 if "is_success" in info:
@@ -243,10 +246,11 @@ def evaluate(
 
 def policy_act(policy: LomPolicy, variant: str) -> Callable[[Array], Array]:
     """The policy's variant as a function of arrays: observations float32[B, O] -> actions float32[B, A]."""
+    device = policy.action_scaler.low.device
 
     @torch.no_grad()
     def act(observations: Array) -> Array:
-        actions: Array = policy(torch.from_numpy(observations), variant)["action"].numpy()
+        actions: Array = policy(torch.from_numpy(observations).to(device), variant)["action"].cpu().numpy()
         return actions
 
     return act

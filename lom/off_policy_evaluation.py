@@ -63,7 +63,7 @@ class FittedQConfig:
     steps: int = 3_000
     batch: int = 128
     members: int = 3
-    learning_rate: float = 3e-3
+    learning_rate: float = 5e-3
     target_update_rate: float = 0.02
     seed: int = 0
 
