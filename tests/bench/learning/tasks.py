@@ -127,7 +127,7 @@ class Task:
         else:
             assert self.roll_out is not None
             folder = given_data() / "policies"
-            names = self.roll_out.names(self.env.split("-")[0], folder)
+            names = self.roll_out.names(self.env.split(":")[-1].split("-")[0], folder)
             arrays = roll_out(
                 self.env,
                 names,
@@ -282,7 +282,7 @@ def _fetch() -> list[Task]:
         Task(
             name=f"fetch-{kind}-mix",
             group="mix",
-            env=f"{env}-v4",
+            env=f"gymnasium_robotics:{env}-v4",
             preset="locomotion_cpu",
             scale=Scale(random=-50.0, expert=expert),
             steps=20_000,
