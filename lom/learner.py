@@ -17,6 +17,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -77,6 +78,17 @@ def chosen_device(name: str) -> torch.device:
     if name == "cuda" and not available:
         raise ValueError("device: expected auto or cpu, got 'cuda': torch sees no such device here")
     return torch.device("cuda" if name != "cpu" and available else "cpu")
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that may still be allocated there; infinite where nobody tells."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return math.inf
 
 
 def _taken(tensor: Tensor, rows: Tensor) -> Tensor:

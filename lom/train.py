@@ -1,13 +1,16 @@
 """`lom-train`: from dataset files to a trained run."""
 
 import os
+import re
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import numpy as np
@@ -25,7 +28,7 @@ from lom.dataset import DatasetError, Transitions, load_transitions
 from lom.dataset_card import DatasetCard
 from lom.dataset_files import find_dataset
 from lom.evaluation import EVALUATION_SEED, UnsuitableEnvError, env_spaces, evaluate, policy_act, recommend
-from lom.learner import Learner, LearningDivergedError, Stage
+from lom.learner import Learner, LearningDivergedError, Stage, chosen_device, free_memory
 from lom.off_policy_evaluation import FittedQConfig, evaluate_variants
 from lom.policy import VARIANTS, LomPolicy
 
@@ -52,8 +55,11 @@ class TrainArguments:
     """Hyper-parameters to start from: standard, locomotion_cpu, small, paper or faithful; flags below override it."""
     task: str | None = None
     """One of the 15 published tasks, as hopper-medium-replay: lays its hyper-parameters over the preset's."""
+    seeds: str | None = None
+    """FIRST:END, as 0:8, trains these seeds (without END) at once, each on its own share of the data. Each becomes an
+    ordinary run, OUT/seed-0 and so on. Takes the place of --seed."""
     resume: bool = False
-    """Go on with the run in --out."""
+    """Go on with the run in --out, or with the runs of --seeds there."""
     strict: bool = False
     """Refuse actions outside the action space instead of clipping them."""
     eval_episodes: int = 100
@@ -69,6 +75,26 @@ class TrainArguments:
             raise ValueError(f"--eval-episodes: expected 1 or more, got {self.eval_episodes}")
         if self.checkpoint_every < 1:
             raise ValueError(f"--checkpoint-every: expected 1 or more, got {self.checkpoint_every}")
+        if self.seeds is not None and not (re.fullmatch(r"\d+:\d+", self.seeds) and self.folders):
+            raise ValueError(f"--seeds: expected FIRST:END with FIRST below END, as 0:8, got {self.seeds!r}")
+
+    @property
+    def folders(self) -> dict[int, Path]:
+        """Where the run of each seed is."""
+        if self.seeds is None:
+            return {self.config.seed: self.out}
+        first, end = map(int, self.seeds.split(":"))
+        return {seed: self.out / f"seed-{seed}" for seed in range(first, end)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Run:
+    """One seed's."""
+
+    seed: int
+    folder: Path
+    spec: runs.RunSpec
+    samples: runs.DataSamples
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -114,50 +140,118 @@ def train(arguments: TrainArguments, console: Console) -> None:
             had begun keeps its last checkpoint.
         KeyboardInterrupt: after SIGINT or SIGTERM, once the step in hand is done and saved.
     """
-    config, folder = arguments.config, arguments.out
+    config, folders = arguments.config, arguments.folders
     if not arguments.resume:
-        runs.require_new(folder)
+        runs.require_new(arguments.out)
     if config.threads:
         torch.set_num_threads(config.threads)
     spec, transitions, card = _read_data(arguments, console)
     console.print(card.tables())
     for note in card.notes if arguments.env else (*card.notes, "no --env: nothing will be played"):
         console.print(f"warning: {note}", style="yellow", markup=False, soft_wrap=True)
-    trained_on, held_out = transitions.hold_out(config.held_out_share, config.seed)
-    del transitions  # a million rows should not be held twice
-    samples = runs.DataSamples.draw(trained_on, held_out, config.seed)
-    learner = Learner(trained_on, config, torch.tensor(spec.action_low), torch.tensor(spec.action_high))
+    if arguments.seeds is not None:
+        _require_memory(len(folders), transitions, config, console)
+    split = _splits(transitions, config.held_out_share, tuple(folders))
+    del transitions  # see _splits
+    trained = [
+        _Run(
+            seed=seed,
+            folder=folder,
+            spec=replace(spec, config=replace(config, seed=seed)),
+            samples=runs.DataSamples.draw(*split(seed), seed),
+        )
+        for seed, folder in folders.items()
+    ]
+    learner = Learner(
+        (split(seed)[0] for seed in folders),
+        config,
+        torch.tensor(spec.action_low),
+        torch.tensor(spec.action_high),
+        () if arguments.seeds is None else tuple(folders),
+    )
     if arguments.resume:
-        if runs.open_run(folder) != spec:
-            raise runs.RunError(f"--resume {folder}: expected the data, environment and settings that it began with")
-        if (folder / runs.CHECKPOINT_FILE).is_file():  # else it was killed before the first one, and begins again
-            learner.restore(runs.load_checkpoint(folder)[0])
-        if learner.policy_steps_done == config.steps and (folder / runs.SUMMARY_FILE).is_file():
-            console.print(f"{folder}: training and evaluation are finished already", markup=False, soft_wrap=True)
+        if _resumed(learner, trained):
+            console.print(
+                f"{arguments.out}: training and evaluation are finished already", markup=False, soft_wrap=True
+            )
             return
+    elif arguments.seeds is None:
+        runs.create_run(arguments.out, trained[0].spec, card)
     else:
-        runs.create_run(folder, spec, card)
+        runs.create_runs(arguments.out, {run.folder.name: run.spec for run in trained}, card)
 
     started = time.monotonic()
-    metrics = _learn(learner, samples, arguments, console)
+    metrics = _learn(learner, trained, arguments, console)
     training_s = time.monotonic() - started
-    evaluation = {} if spec.env is None else _evaluate(learner.policy, spec, arguments.eval_episodes, console)
-    off_policy_evaluation = {}
-    if spec.env is None and arguments.off_policy_evaluation:
-        off_policy_evaluation = evaluate_variants(learner.policy, trained_on, FittedQConfig.after(config), console)
-    failures = signatures.report(metrics)
-    for failure in failures:
-        warning = f"{failure['name']} ({failure['measured']:.2f}, limit {failure['limit']:g}): {failure['advice']}"
-        console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
-    summary = {
-        "training_s": round(training_s, 1),
-        "metrics": metrics,
-        "failures": failures,
-        "evaluation": evaluation,
-        "off_policy_evaluation": off_policy_evaluation,
-    }
-    runs.write_summary(folder, summary)
-    console.print(f"trained in {training_s:.0f} s; run written to {folder}", markup=False, soft_wrap=True)
+    for run, policy, metrics_of_run in zip(trained, learner.policies, metrics, strict=True):
+        if len(trained) > 1:
+            console.rule(f"seed {run.seed}", align="left")
+        evaluation = {} if spec.env is None else _evaluate(policy, spec, arguments.eval_episodes, console)
+        off_policy_evaluation = {}
+        if spec.env is None and arguments.off_policy_evaluation:
+            fitted_q = FittedQConfig.after(run.spec.config)
+            off_policy_evaluation = evaluate_variants(policy, split(run.seed)[0], fitted_q, console)
+        failures = signatures.report(metrics_of_run)
+        for failure in failures:
+            warning = f"{failure['name']} ({failure['measured']:.2f}, limit {failure['limit']:g}): {failure['advice']}"
+            console.print(f"warning: {warning}", style="yellow", markup=False, soft_wrap=True)
+        summary = {
+            "training_s": round(training_s, 1),
+            "seeds_at_once": len(trained),
+            "metrics": metrics_of_run,
+            "failures": failures,
+            "evaluation": evaluation,
+            "off_policy_evaluation": off_policy_evaluation,
+        }
+        runs.write_summary(run.folder, summary)
+    written = str(arguments.out) if arguments.seeds is None else f"{trained[0].folder} to {trained[-1].folder.name}"
+    console.print(f"trained in {training_s:.0f} s; run written to {written}", markup=False, soft_wrap=True)
+
+
+def _splits(
+    transitions: Transitions, held_out_share: float, seeds: Sequence[int]
+) -> Callable[[int], tuple[Transitions, Transitions | None]]:
+    """What a seed trains on and what it holds out.
+
+    A million rows should not be held twice: of one seed its two parts are kept, of several the whole, which is split
+    again whenever it is asked for.
+    """
+    if len(seeds) > 1:
+        return lambda seed: transitions.hold_out(held_out_share, seed)
+    parts = transitions.hold_out(held_out_share, seeds[0])
+    return lambda seed: parts
+
+
+def _require_memory(seeds: int, transitions: Transitions, config: TrainConfig, console: Console) -> None:
+    """Every seed has its own rows in memory: which ones it holds out, and so how it scales them, is its own."""
+    observation_dim, action_dim = transitions.observations.shape[1], transitions.actions.shape[1]
+    row_bytes = 4 * (2 * observation_dim + 2 * action_dim + 2) + 8
+    cache_bytes = 4 * config.num_components * (2 * action_dim + 1)
+    rows = seeds * len(transitions)
+    cached = rows * cache_bytes if rows * cache_bytes <= config.mixture_cache_bytes else 0
+    needed, free = rows * row_bytes + cached, free_memory(chosen_device(config.device))
+    if needed > free:
+        raise ValueError(
+            f"--seeds: {seeds} seeds of {len(transitions):,} rows need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are "
+            "free: train fewer at once"
+        )
+    kept = "kept" if cached else "computed in every step (mixture_cache_bytes)"
+    console.print(f"{seeds} seeds: {needed / 1e9:.2f} GB of data; outputs of the mixtures are {kept}", soft_wrap=True)
+
+
+def _resumed(learner: Learner, trained: Sequence[_Run]) -> bool:
+    """Takes the learner to where the runs are; true where nothing is left to do."""
+    for run in trained:
+        if not runs.open_run(run.folder).learns_as(run.spec):
+            raise runs.RunError(
+                f"--resume {run.folder}: expected the data, environment and settings that it began with"
+            )
+    folders = [run.folder for run in trained]
+    runs.finish_saving(folders)
+    if any((folder / runs.CHECKPOINT_FILE).is_file() for folder in folders):  # else killed before the first one
+        learner.restore(*(runs.load_checkpoint(folder)[0] for folder in folders))
+    finished = all((folder / runs.SUMMARY_FILE).is_file() for folder in folders)
+    return finished and learner.policy_steps_done == learner.config.steps
 
 
 def _read_data(arguments: TrainArguments, console: Console) -> tuple[runs.RunSpec, Transitions, DatasetCard]:
@@ -204,13 +298,16 @@ def _read_data(arguments: TrainArguments, console: Console) -> tuple[runs.RunSpe
 
 
 def _learn(
-    learner: Learner, samples: runs.DataSamples, arguments: TrainArguments, console: Console
-) -> dict[str, float]:
-    """Trains to the end, with progress, curves and checkpoints; returns the last metrics."""
-    config, folder = arguments.config, arguments.out
+    learner: Learner, trained: Sequence[_Run], arguments: TrainArguments, console: Console
+) -> list[dict[str, float]]:
+    """Trains to the end, with progress, curves and checkpoints; returns the last metrics of every run.
+
+    Losses that are shown are medians over the seeds. Where one diverges all stop, with the checkpoints before it.
+    """
+    config = arguments.config
     totals: dict[Stage, int] = {"mixture": config.mixture_steps, "policy": config.steps}
     done: dict[Stage, int] = {"mixture": learner.mixture_steps_done, "policy": learner.policy_steps_done}
-    all_metrics: dict[str, float] = {}
+    all_metrics: list[dict[str, float]] = [{} for _ in trained]
     log_every = max(1, sum(totals.values()) // 500)
     columns = (
         TextColumn("{task.description}"),
@@ -221,10 +318,23 @@ def _learn(
         TextColumn("[yellow]{task.fields[signs]}"),
     )
     with (
-        SummaryWriter(str(folder / runs.TENSORBOARD_FOLDER), purge_step=sum(done.values())) as curves,
+        ExitStack() as open_curves,
         Progress(*columns, console=console) as progress,
         _stop_requested() as stop_requested,
     ):
+        curves = [
+            open_curves.enter_context(
+                SummaryWriter(str(run.folder / runs.TENSORBOARD_FOLDER), purge_step=sum(done.values()))
+            )
+            for run in trained
+        ]
+
+        def note(metrics: list[dict[str, float]], step: int) -> None:
+            for known, new, writer in zip(all_metrics, metrics, curves, strict=True):
+                known |= new
+                for name, value in new.items():
+                    writer.add_scalar(name, value, step)
+
         bars = {
             stage: progress.add_task(
                 _STAGE_TITLES[stage], total=totals[stage], completed=done[stage], losses="", signs=""
@@ -236,26 +346,29 @@ def _learn(
             overall = sum(done.values())
             finished = steps_done == totals[stage]
             if overall % log_every == 0 or finished:
-                metrics = learner.metrics()
-                all_metrics |= metrics
-                for name, value in metrics.items():
-                    curves.add_scalar(name, value, overall)
+                metrics = learner.metrics_of_runs()
+                note(metrics, overall)
                 shown = (
                     ("mixture/nll", "bc/loss")
                     if stage == "mixture"
                     else ("critic/loss", "hyper_critic/loss", "actor/loss")
                 )
-                losses = "  ".join(f"{name} {metrics[name]:.3g}" for name in shown)
+                losses = "  ".join(f"{name} {median(each[name] for each in metrics):.3g}" for name in shown)
                 progress.update(bars[stage], completed=steps_done, losses=losses)
             if steps_done % max(1, totals[stage] // 20) == 0 or finished:
-                signs = learner.signs()
-                all_metrics |= signs
-                for name, value in signs.items():
-                    curves.add_scalar(name, value, overall)
+                signs = learner.signs_of_runs()
+                note(signs, overall)
                 if 2 * steps_done >= totals[stage]:  # at the start of a stage every sign is there
-                    progress.update(bars[stage], signs=", ".join(each.name for each in signatures.found(signs)))
+                    found = Counter(sign.name for each in signs for sign in signatures.found(each))
+                    of_seeds = f" ({{}} of {len(trained)})" if len(trained) > 1 else ""
+                    shown_signs = ", ".join(f"{name}{of_seeds.format(count)}" for name, count in found.items())
+                    progress.update(bars[stage], signs=shown_signs)
             if overall % arguments.checkpoint_every == 0 or finished or stop_requested():
-                runs.save_checkpoint(folder, learner.state(), samples)
+                learner.metrics_of_runs()  # what has diverged does not replace what has not
+                states = learner.states()
+                runs.save_checkpoints(
+                    [(run.folder, state, run.samples) for run, state in zip(trained, states, strict=True)]
+                )
             if stop_requested():
                 raise KeyboardInterrupt
     return all_metrics
