@@ -176,48 +176,52 @@ _STATES = 2000
 
 
 def measure_sensitivity(
-    *, task: str, num_components: int, seed: int, settings: Sequence[tuple[float, float]]
-) -> list[dict[str, float]]:
-    """Trains one mixture, and on top of it everything else for each (β, C) of `settings`.
+    *, task: str, num_components: int, seeds: Sequence[int], settings: Sequence[tuple[float, float]]
+) -> list[dict[str, Any]]:
+    """Trains one mixture a seed, and on top of it everything else for each (β, C) of `settings`; all seeds at once.
 
     Returns:
         For each setting: score of `actor` and `greedy_mode`; mode_std, of the chosen mode (mean over states of the data
         and action dimensions); active_components, how many weigh more than 0.05; clipped_weights, the share at C over
-        the last 100 steps.
+        the last 100 steps. Each a list over the seeds.
     """
     this = TASKS[task]
-    data, config = this.transitions(seed), this.config(seed=seed, num_components=num_components)
+    data, config = [this.transitions(seed) for seed in seeds], this.config(seed=0, num_components=num_components)
     configs = [replace(config, inverse_temperature=beta, max_imitation_weight=ceiling) for beta, ceiling in settings]
-    seen = torch.from_numpy(data.observations[:_STATES])
     rows = []
-    for learner in continued(trained(data, config, mixture_only=True), data, configs):
+    for learner in continued(trained(data, config, seeds, mixture_only=True), data, configs):
         clipped = [
-            learner.metrics()["actor/clipped_weights"]
+            [metrics["actor/clipped_weights"] for metrics in learner.metrics_of_runs()]
             for _, done in learner.remaining()
             if done > config.steps - _LAST_STEPS
         ]
-        with torch.no_grad():
-            answer = learner.policy.greedy_mode(seen)
-        stds = gather_component(answer["component_log_stds"], answer["mode"].long()).exp()
-        scores = {
-            variant: float(
-                evaluate(
-                    policy_act(learner.policy, variant), this.env_id, episodes=this.episodes, seed=EVALUATION_SEED
-                ).returns.mean()
-            )
-            for variant in ("actor", "greedy_mode")
-        }
+        found = [_described(policy, each, this) for policy, each in zip(learner.policies, data, strict=True)]
         rows.append(
-            scores
-            | {
+            {
                 "inverse_temperature": learner.config.inverse_temperature,
                 "max_imitation_weight": learner.config.max_imitation_weight,
-                "mode_std": float(stds.mean()),
-                "active_components": float((answer["mixing_weights"] > 0.05).sum(dim=1).float().mean()),
-                "clipped_weights": float(np.mean(clipped)),
+                "clipped_weights": np.mean(clipped, axis=0),
             }
+            | {name: [each[name] for each in found] for name in found[0]}
         )
     return rows
+
+
+@torch.no_grad()
+def _described(policy: LomPolicy, data: Transitions, task: Task) -> dict[str, float]:
+    answer = policy.greedy_mode(torch.from_numpy(data.observations[:_STATES]))
+    stds = gather_component(answer["component_log_stds"], answer["mode"].long()).exp()
+
+    def score(variant: str) -> float:
+        act = policy_act(policy, variant)
+        return float(evaluate(act, task.env_id, episodes=task.episodes, seed=EVALUATION_SEED).returns.mean())
+
+    return {
+        "actor": score("actor"),
+        "greedy_mode": score("greedy_mode"),
+        "mode_std": float(stds.mean()),
+        "active_components": float((answer["mixing_weights"] > 0.05).sum(dim=1).float().mean()),
+    }
 
 
 # ---------------------------------------------------------------- 3: corrupted hyper-Q

@@ -58,32 +58,43 @@ def transitions_from(arrays: Mapping[str, Any]) -> Transitions:
         return load_transitions([path])
 
 
-def untrained(transitions: Transitions, config: TrainConfig) -> Learner:
-    """A learner in the unit box of actions."""
-    unit = torch.ones(transitions.actions.shape[1])
-    return Learner(transitions, config, -unit, unit)
+def untrained(
+    transitions: Transitions | Sequence[Transitions], config: TrainConfig, seeds: Sequence[int] = ()
+) -> Learner:
+    """A learner in the unit box of actions; with `seeds` one run for each, on data of its own."""
+    first = transitions if isinstance(transitions, Transitions) else transitions[0]
+    unit = torch.ones(first.actions.shape[1])
+    return Learner(transitions, config, -unit, unit, seeds)
 
 
-def trained(transitions: Transitions, config: TrainConfig, *, mixture_only: bool = False) -> Learner:
-    """Trains in the unit box of actions, with the stage of critics and actor or without."""
-    learner = untrained(transitions, config)
+def trained(
+    transitions: Transitions | Sequence[Transitions],
+    config: TrainConfig,
+    seeds: Sequence[int] = (),
+    *,
+    mixture_only: bool = False,
+) -> Learner:
+    """As `untrained`, after both stages, or after that of the mixture."""
+    learner = untrained(transitions, config, seeds)
     for stage, done in learner.remaining():
         if mixture_only and stage == "mixture" and done == config.mixture_steps:
             break
-    learner.metrics()  # raises where training diverged
+    learner.metrics_of_runs()  # raises where training diverged
     return learner
 
 
-def continued(learner: Learner, transitions: Transitions, configs: Sequence[TrainConfig]) -> Iterator[Learner]:
-    """One learner for each configuration, from where `learner` stands, not yet trained any further.
+def continued(
+    learner: Learner, transitions: Sequence[Transitions], configs: Sequence[TrainConfig]
+) -> Iterator[Learner]:
+    """One learner of the same seeds for each configuration, from where `learner` stands, not yet trained any further.
 
     With a learner whose mixture is finished, and configurations that differ in the second stage only, each ends as if
     it had been trained alone.
     """
-    state = learner.state()
+    states = learner.states()
     for config in configs:
-        follower = untrained(transitions, config)
-        follower.restore(state)
+        follower = untrained(transitions, config, learner.seeds)
+        follower.restore(*states)
         yield follower
 
 

@@ -253,17 +253,16 @@ def _settings(task: str, components: int) -> list[tuple[float, float]]:
 def _sensitivity_cells(seeds: int) -> list[Cell]:
     return [
         Cell(
-            name=f"sensitivity-{task}-M{components}-seed{seed}",
+            name=f"sensitivity-{task}-M{components}-{seeds}-seeds",
             measure=measure_sensitivity,
             arguments={
                 "task": task,
                 "num_components": components,
-                "seed": seed,
+                "seeds": list(range(seeds)),
                 "settings": _settings(task, components),
             },
         )
         for task, every in (("bandit4", SENSITIVITY_COMPONENTS), ("fork", FORK_COMPONENTS))
-        for seed in range(seeds)
         for components in every
     ]
 
@@ -274,13 +273,11 @@ Setting = tuple[str, int, float, float]
 
 def _settled(results: Measured) -> dict[Setting, dict[str, list[float]]]:
     """By setting and by what was measured: one value per seed."""
-    found: dict[Setting, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    found = {}
     for cell, result in results:
+        task, components = cell.arguments["task"], cell.arguments["num_components"]
         for row in result:
-            task, components = cell.arguments["task"], cell.arguments["num_components"]
-            numbers = found[task, components, row["inverse_temperature"], row["max_imitation_weight"]]
-            for name, value in row.items():
-                numbers[name].append(value)
+            found[task, components, row["inverse_temperature"], row["max_imitation_weight"]] = row
     return dict(sorted(found.items()))
 
 

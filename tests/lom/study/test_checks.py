@@ -1,6 +1,7 @@
 """The three further checks: trained policies against exact answers."""
 
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -54,30 +55,35 @@ def test_the_forks_oracle_goes_below_the_obstacle() -> None:
 
 
 def test_actors_on_top_of_one_mixture_are_those_that_are_trained_alone() -> None:
-    task = TASKS["bandit4"]
-    data = task.transitions(0)
+    task, seeds = TASKS["bandit4"], (0, 1)
+    data = [task.transitions(seed) for seed in seeds]
     config = replace(task.config(seed=0), mixture_steps=20, steps=15)
     sharper = replace(config, inverse_temperature=50.0)
-    shared, actions = [], []
-    for learner in continued(trained(data, config, mixture_only=True), data, [config, sharper]):
+    actions = []
+    for learner, own in zip(
+        continued(trained(data, config, seeds, mixture_only=True), data, [config, sharper]),
+        (config, sharper),
+        strict=True,
+    ):
         for _ in learner.remaining():
             pass
-        shared.append(learner.policy.state_dict())
-        actions.append(learner.policy(torch.zeros(1, 1), "actor")["action"])
-    for found, alone in zip(shared, (config, sharper), strict=True):
-        for name, tensor in trained(data, alone).policy.state_dict().items():
-            assert torch.equal(found[name], tensor), name
-    assert not torch.equal(*actions)
+        alone = trained(data, own, seeds)
+        for found, expected in zip(learner.policies, alone.policies, strict=True):
+            tensors = expected.state_dict()
+            for name, tensor in found.state_dict().items():
+                assert torch.equal(tensor, tensors[name]), name
+            actions.append(found(torch.zeros(1, 1), "actor")["action"])
+    assert not any(torch.equal(one, other) for one, other in combinations(actions, 2))
 
 
 def test_one_component_covers_all_four_modes_and_acts_in_their_middle() -> None:
-    (found,) = measure_sensitivity(task="bandit4", num_components=1, seed=0, settings=[(0.1, 50.0)])
-    assert found["greedy_mode"] == pytest.approx(0.0, abs=0.01)
-    assert found["actor"] < 0.2
+    (found,) = measure_sensitivity(task="bandit4", num_components=1, seeds=[0, 1], settings=[(0.1, 50.0)])
+    assert found["greedy_mode"] == pytest.approx([0.0, 0.0], abs=0.01)
+    assert max(found["actor"]) < 0.2
     # sd of the corners ±0.8 with 0.05 around them
-    assert found["mode_std"] == pytest.approx((0.8**2 + 0.05**2) ** 0.5, abs=0.05)
-    assert found["active_components"] == 1.0
-    assert found["clipped_weights"] == 0.0
+    assert found["mode_std"] == pytest.approx([(0.8**2 + 0.05**2) ** 0.5] * 2, abs=0.05)
+    assert found["active_components"] == [1.0, 1.0]
+    assert list(found["clipped_weights"]) == [0.0, 0.0]
 
 
 def test_losses_by_errors_of_hyper_q_grow_with_the_error_and_stay_within_the_bound() -> None:

@@ -20,7 +20,7 @@ from tests.support.pictures import is_drawn
 
 def made_up(cell: Cell) -> Result:
     """Seed 0 measures a little less than seed 1."""
-    more = 0.1 * cell.arguments["seed"]
+    more = 0.1 * cell.arguments.get("seed", 0)
     if cell.measure is measure_choices:
         return {
             "rules": {rule: position + more for position, rule in enumerate(RULES)},
@@ -28,9 +28,11 @@ def made_up(cell: Cell) -> Result:
             "noise": {f"{std:g}": std + more for std in TASKS[cell.arguments["task"]].noise_stds},
         }
     if cell.measure is measure_sensitivity:
+        assert cell.arguments["seeds"] == [0, 1]
         return [
-            {"inverse_temperature": beta, "max_imitation_weight": ceiling, "mode_std": 0.05, "active_components": 2.0}
-            | {"actor": beta + more, "greedy_mode": 5.0, "clipped_weights": 0.25}
+            {"inverse_temperature": beta, "max_imitation_weight": ceiling, "mode_std": [0.04, 0.06]}
+            | {"actor": [beta, beta + 0.1], "greedy_mode": [5.0, 5.0]}
+            | {"active_components": [2.0, 2.0], "clipped_weights": [0.25, 0.25]}
             for beta, ceiling in cell.arguments["settings"]
         ]
     if cell.measure is measure_error_bound:
