@@ -158,7 +158,7 @@ def _raw_and_best(cells: Cells) -> Iterator[str]:
 
 def _seconds(cells: Cells) -> Iterator[str]:
     columns = [name for name in columns_of(cells) if name != "bc" and not name.endswith("greedy")]
-    yield "Budget, seeds, and seconds of one core that a seed's training took:"
+    yield "Budget, seeds, and seconds of one core that a seed's training took (its share where seeds train as one):"
     yield ""
     rows = []
     for task, row in cells.items():
