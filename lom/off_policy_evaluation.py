@@ -170,43 +170,71 @@ def evaluate_off_policy(
         on_step: called after each gradient step.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    normaliser = ObservationNormaliser(transitions.observations.shape[1])
-    normaliser.fit(torch.from_numpy(transitions.observations))
-    scaler = ActionScaler(torch.from_numpy(transitions.action_low), torch.from_numpy(transitions.action_high))
-
-    def inputs(observations: Array, actions: Array) -> Tensor:
-        return torch.cat(
-            [normaliser(torch.from_numpy(observations)), scaler.to_unit(torch.from_numpy(actions))], dim=-1
-        )
-
-    # Returns of the data as a unit: a network that starts near 0 starts at the data's mean value, so that a horizon of
-    # a hundred steps need not be learned from nothing, and the rewards' scale does not matter.
+    encoded = _Encoding(transitions)
+    next_actions = [
+        transitions.next_actions,
+        *(_actions(act, transitions.next_observations) for act in policies.values()),
+    ]
     to_go = _returns_to_go(transitions, config.discount)
+    # Values are fitted in units of the data's returns: a network that starts near 0 starts at their mean, so that a
+    # horizon of a hundred steps need not be learned from nothing, and the rewards' scale does not matter.
     middle, unit = float(to_go.mean()), max(float(to_go.std()), 1e-3 * float(np.abs(to_go).max())) or 1.0
     bootstrap = torch.from_numpy(config.discount * ~transitions.terminals).float()
     rewards = (torch.from_numpy(transitions.rewards) - middle + bootstrap * middle) / unit
-    taken = inputs(transitions.observations, transitions.actions)
-    following = torch.stack(
-        [
-            inputs(transitions.next_observations, actions)
-            for actions in (
-                transitions.next_actions,
-                *(_actions(act, transitions.next_observations) for act in policies.values()),
-            )
-        ]
+    fitted = _fitted_values(transitions, encoded, next_actions, rewards, bootstrap, config, generator, on_step)
+
+    @torch.no_grad()
+    def valued(rows: NDArray[np.int64], actions: Sequence[Array]) -> NDArray[np.float64]:
+        """Each policy's actions at these rows, float64[P, K, rows]."""
+        inputs = torch.stack([encoded.inputs(transitions.observations[rows], each) for each in actions])
+        values: NDArray[np.float64] = fitted(inputs.unsqueeze(1).expand(-1, config.members, -1, -1)).double().numpy()
+        return middle + unit * values
+
+    first = np.flatnonzero(np.diff(transitions.episodes, prepend=-1))
+    last = np.flatnonzero(np.diff(transitions.episodes, append=-1))
+    if len(first) > _MAX_EPISODES:
+        chosen = torch.randperm(len(first), generator=generator)[:_MAX_EPISODES].sort().values.numpy()
+        first, last = first[chosen], last[chosen]
+    starts = transitions.observations[first]
+    at_first = valued(first, [transitions.actions[first], *(_actions(act, starts) for act in policies.values())])
+    at_last = valued(last, [transitions.actions[last]] * len(next_actions))[0].mean(axis=0)
+    observed = to_go[first]
+    cut_off = ~transitions.terminals[last]
+    observed[cut_off] += (config.discount ** (last - first) * (at_last - transitions.rewards[last]))[cut_off]
+    return OffPolicyEvaluation(
+        values=dict(zip(policies, at_first[1:], strict=True)),
+        behaviour_values=at_first[0],
+        observed_returns=observed,
+        scale=unit,
     )
-    has_target = torch.ones(len(following), len(transitions))
+
+
+def _fitted_values(
+    transitions: Transitions,
+    encoded: "_Encoding",
+    next_actions: Sequence[Array],
+    rewards: Tensor,
+    bootstrap: Tensor,
+    config: FittedQConfig,
+    generator: torch.Generator,
+    on_step: Callable[[], None],
+) -> "_ActionValues":
+    """Q(s, a) towards `rewards` + `bootstrap` Q̄(s', a'), for the a' of P policies, the behaviour's first."""
+    taken = encoded.inputs(transitions.observations, transitions.actions)
+    following = encoded.observations(transitions.next_observations)
+    following_actions = torch.stack([encoded.actions(actions) for actions in next_actions])
+    has_target = torch.ones(len(next_actions), len(transitions))
     has_target[0] = torch.from_numpy(transitions.terminals | transitions.has_next_action)
 
-    stack = (len(following), config.members)  # P policies, the behaviour first; K members of each
-    sizes = [taken.shape[1], *config.hidden, 1]
-    values = _ActionValues(sizes, stack, generator)
+    stack = (len(next_actions), config.members)
+    values = _ActionValues([taken.shape[1], *config.hidden, 1], stack, generator)
     target_values = copy.deepcopy(values).requires_grad_(False)
     optimiser = torch.optim.Adam(values.parameters(), lr=config.learning_rate, fused=True)
     for step in range(config.steps):
         rows = torch.randint(len(transitions), (config.members, config.batch), generator=generator)
         with torch.no_grad():
-            targets = rewards[rows] + bootstrap[rows] * target_values(following[:, rows])
+            next_inputs = torch.cat([following[rows].expand(*stack, -1, -1), following_actions[:, rows]], dim=-1)
+            targets = rewards[rows] + bootstrap[rows] * target_values(next_inputs)
         errors = values(taken[rows].expand(*stack, -1, -1)) - targets
         loss = (has_target[:, rows] * errors.square()).mean(dim=-1).sum()
         optimiser.param_groups[0]["lr"] = config.learning_rate * min(1.0, 2.0 * (1.0 - step / config.steps))
@@ -215,33 +243,27 @@ def evaluate_off_policy(
         optimiser.step()
         torch._foreach_lerp_(list(target_values.parameters()), list(values.parameters()), config.target_update_rate)
         on_step()
+    return values
 
-    first = np.flatnonzero(np.diff(transitions.episodes, prepend=-1))
-    last = np.flatnonzero(np.diff(transitions.episodes, append=-1))
-    if len(first) > _MAX_EPISODES:
-        chosen = torch.randperm(len(first), generator=generator)[:_MAX_EPISODES].sort().values.numpy()
-        first, last = first[chosen], last[chosen]
 
-    @torch.no_grad()
-    def valued(observations: Array, actions: Sequence[Array]) -> NDArray[np.float64]:
-        """float64[P, K, rows]."""
-        stacked = torch.stack([inputs(observations, each) for each in actions]).unsqueeze(1)
-        fitted: NDArray[np.float64] = values(stacked.expand(*stack, -1, -1)).double().numpy()
-        return middle + unit * fitted
+class _Encoding:
+    """Observations and actions as the networks take them: normalised, and in [-1, 1]."""
 
-    own = transitions.actions
-    starts = transitions.observations[first]
-    at_first = valued(starts, [own[first], *(_actions(act, starts) for act in policies.values())])
-    at_last = valued(transitions.observations[last], [own[last]] * len(following))[0].mean(axis=0)
-    cut_off = ~transitions.terminals[last]
-    observed = to_go[first]
-    observed[cut_off] += (config.discount ** (last - first) * (at_last - transitions.rewards[last]))[cut_off]
-    return OffPolicyEvaluation(
-        values=dict(zip(policies, at_first[1:], strict=True)),
-        behaviour_values=at_first[0],
-        observed_returns=observed,
-        scale=unit,
-    )
+    def __init__(self, transitions: Transitions) -> None:
+        self._normaliser = ObservationNormaliser(transitions.observations.shape[1])
+        self._normaliser.fit(torch.from_numpy(transitions.observations))
+        low, high = torch.from_numpy(transitions.action_low), torch.from_numpy(transitions.action_high)
+        self._scaler = ActionScaler(low, high)
+
+    def observations(self, observations: Array) -> Tensor:
+        normalised: Tensor = self._normaliser(torch.from_numpy(observations))
+        return normalised
+
+    def actions(self, actions: Array) -> Tensor:
+        return self._scaler.to_unit(torch.from_numpy(actions))
+
+    def inputs(self, observations: Array, actions: Array) -> Tensor:
+        return torch.cat([self.observations(observations), self.actions(actions)], dim=-1)
 
 
 class _ActionValues(nn.Module):

@@ -183,7 +183,9 @@ def train(arguments: TrainArguments, console: Console) -> None:
     started = time.monotonic()
     metrics = _learn(learner, trained, arguments, console)
     training_s = time.monotonic() - started
-    for run, policy, metrics_of_run in zip(trained, learner.policies, metrics, strict=True):
+    policies = learner.policies
+    del learner  # fitted values have a copy of the data of their own
+    for run, policy, metrics_of_run in zip(trained, policies, metrics, strict=True):
         if len(trained) > 1:
             console.rule(f"seed {run.seed}", align="left")
         evaluation = {} if spec.env is None else _evaluate(policy, spec, arguments.eval_episodes, console)

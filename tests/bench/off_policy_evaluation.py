@@ -67,7 +67,7 @@ def main() -> None:
         "| --- | --- | --- | --- | --- |",
     ]
     shares = []
-    runs = [(task, seed) for task in _BELOW for seed in range(arguments.seeds)]
+    runs = [(task, seed) for seed in range(arguments.seeds) for task in _BELOW]
     for task, seed in track(runs, "fitted-Q evaluation"):
         truth, fitted, share = run_one(_BELOW[task], seed)
         shares.append(share)
