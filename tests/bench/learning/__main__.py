@@ -1,6 +1,7 @@
 """Runs what is missing, or renders what is there."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -62,7 +63,11 @@ def main() -> None:
         rows=arguments.rows,
         seeds_at_once=arguments.seeds_at_once,
     )
-    failures = run_jobs(jobs, results, console, processes=arguments.processes) if jobs else []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped; the same command goes on"))
+    try:
+        failures = run_jobs(jobs, results, console, processes=arguments.processes) if jobs else []
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")
     done = sum(len(job.seeds) for job in jobs) - len(failures)
     console.print(f"{done} new results, {len(failures)} failed; `report` renders docs/results.md")
     if failures:

@@ -115,10 +115,14 @@ def _run(job: Path, on_steps: Callable[[int], None]) -> dict[str, float]:
         ) as process,
     ):
         assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("{"):
-                seconds = json.loads(line)
-                on_steps(int(seconds.pop("steps")))
+        try:
+            for line in process.stdout:
+                if line.startswith("{"):
+                    seconds = json.loads(line)
+                    on_steps(int(seconds.pop("steps")))
+        except BaseException:
+            process.kill()
+            raise
         if process.wait() != 0:
             errors.seek(0)
             raise BaselineError(f"d3rlpy ended with {process.returncode}: {errors.read()[-500:].strip()}")

@@ -1,7 +1,11 @@
 """Runs what has no result yet; a stopped run goes on at the next missing one."""
 
 import multiprocessing
+import os
+import signal
+import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing.queues import SimpleQueue
 from threading import Thread
 from typing import NamedTuple
@@ -79,11 +83,18 @@ def run_jobs(jobs: Sequence[Job], results: Results, console: Console, *, process
         listener = Thread(target=listen)
         listener.start()
         try:
-            with context.Pool(processes, initializer=_start_worker, initargs=(told,)) as pool:
-                for failure in pool.imap_unordered(_run, jobs):
-                    if failure:
-                        console.print(failure)
-                        failures.append(failure)
+            with ProcessPoolExecutor(processes, context, _start_worker, (told,)) as pool:
+                futures = {pool.submit(_run, job): job for job in jobs}
+                try:
+                    for future in as_completed(futures):
+                        if error := future.exception():
+                            failures.append(f"{futures[future]}: {type(error).__name__}: {error}")
+                            console.print(failures[-1])
+                except BaseException:  # stopped: what is half done is worth nothing
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    for worker in multiprocessing.active_children():
+                        worker.terminate()
+                    raise
         finally:
             told.put(None)
             listener.join()
@@ -96,15 +107,15 @@ _told: "SimpleQueue[_Told | None]"
 def _start_worker(told: "SimpleQueue[_Told | None]") -> None:
     global _told
     _told = told
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
     torch.set_num_threads(1)
 
 
-def _run(job: Job) -> str | None:
+def _run(job: Job) -> None:
     try:
         run_job(job, lambda share, record=None: _told.put(_Told(job, share, record)))
-    except Exception as error:  # one failure must not cost the other results
-        return f"{job}: {type(error).__name__}: {error}"
-    return None
+    except SystemExit:  # stopped; everything is cleaned up, and the pool would go on with the next job
+        os._exit(1)
 
 
 def _summary(record: Record) -> str:
