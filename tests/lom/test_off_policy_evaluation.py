@@ -240,6 +240,15 @@ def test_a_run_without_an_environment_is_valued_and_can_be_valued_again(
     assert "returns in the data" in capsys.readouterr().err
 
 
+def test_values_that_were_cut_short_are_computed_again_to_the_same_result(fork: Path, tmp_path: Path) -> None:
+    command, summary = [str(fork), "--out", str(tmp_path / "run"), *QUICK], tmp_path / "run" / "summary.json"
+    train.main(command)
+    before = json.loads(summary.read_text())["off_policy_evaluation"]
+    summary.unlink()  # what a kill after the last training step leaves
+    train.main([*command, "--resume"])
+    assert json.loads(summary.read_text())["off_policy_evaluation"] == before
+
+
 def test_it_can_be_left_out(fork: Path, tmp_path: Path) -> None:
     train.main([str(fork), "--out", str(tmp_path / "run"), *QUICK, "--no-off-policy-evaluation"])
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["off_policy_evaluation"] == {}
