@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
-from lom.envs.bandit import CORNER_REWARDS, CORNERS
+from lom.envs.bandit import ACTION_STD, CORNER_REWARDS, CORNERS
 from lom.study.experiments import (
     MODE_STD,
     DoubleCircle,
@@ -166,31 +166,31 @@ Settings = Mapping[tuple[str, int, float, float], BySeed]
 
 def sensitivity(settings: Settings, temperature: float, ceiling: float, path: Path) -> None:
     """Scores, width of the chosen mode and clipped weights over M, and over β or C."""
-    figure, ((bandit, fork), (width, clipped)) = plt.subplots(2, 2, figsize=(9, 6.2), layout="constrained")
     components = sorted({m for _, m, _, _ in settings})
+    tasks = sorted({task for task, _, _, _ in settings})
+    figure, every = plt.subplots(1, len(tasks) + 2, figsize=(3.2 * (len(tasks) + 2), 3.4), layout="constrained")
+    *scores, width, clipped = every
+    for axes, task, task_colour in zip(scores, tasks, (_LEARNED, _OTHER), strict=False):
 
-    def curve(axes: Axes, task: str, beta: float, name: str, colour: str, **line: Any) -> None:
-        there = [m for m in components if (task, m, beta, ceiling) in settings]
-        values = [settings[task, m, beta, ceiling][name] for m in there]
-        _interval(axes, [components.index(m) for m in there], values, colour, markersize=4, **line)
+        def curve(axes: Axes, beta: float, name: str, colour: str, task: str = task, **line: Any) -> None:
+            there = [m for m in components if (task, m, beta, ceiling) in settings]
+            values = [settings[task, m, beta, ceiling][name] for m in there]
+            _interval(axes, [components.index(m) for m in there], values, colour, markersize=4, **line)
 
-    temperatures = sorted({beta for task, _, beta, _ in settings if task == "bandit4"})
-    for beta, colour in zip(temperatures, _COLOURS, strict=False):
-        curve(bandit, "bandit4", beta, "actor", colour, marker="o", label=f"actor, β = {beta:g}")
-        curve(clipped, "bandit4", beta, "clipped_weights", colour, marker="o", label=f"bandit4, β = {beta:g}")
-    for task, axes in (("bandit4", bandit), ("fork", fork)):
-        curve(axes, task, temperature, "greedy_mode", _TRUTH, linestyle=":", label="greedy_mode")
-        colour = _LEARNED if task == "bandit4" else _OTHER
-        curve(width, task, temperature, "mode_std", colour, marker="o", label=task)
-        axes.set(title=task)
-    curve(fork, "fork", temperature, "actor", _LEARNED, marker="o", label=f"actor, β = {temperature:g}")
-    width.axhline(0.05, color=_LEARNED, linestyle=":", linewidth=1, label="true σ: bandit4 0.05, fork 0.2")
-    width.axhline(0.2, color=_OTHER, linestyle=":", linewidth=1)
-    bandit.set(ylabel="reward, 5 at best")
-    fork.set(ylabel="return")
+        temperatures = sorted({setting[2] for setting in settings if setting[0] == task})
+        for beta, colour in zip(temperatures, _COLOURS, strict=True):
+            curve(axes, beta, "actor", colour, marker="o", label=f"actor, β = {beta:g}")
+            if task == "bandit4":
+                curve(clipped, beta, "clipped_weights", colour, marker="o", label=f"{task}, β = {beta:g}")
+        curve(axes, temperature, "greedy_mode", _TRUTH, linestyle=":", label="greedy_mode")
+        curve(width, temperature, "mode_std", task_colour, marker="o", label=task)
+        axes.set(title=task, ylabel="return")
+    width.axhline(ACTION_STD, color=_LEARNED, linestyle=":", linewidth=1, label="bandit4, true σ")
     width.set(ylabel="mean σ of the chosen mode", yscale="log")
+    width.minorticks_off()
+    width.set_yticks([0.05, 0.1, 0.2, 0.5], ["0.05", "0.1", "0.2", "0.5"])
     clipped.set(ylabel=f"share of weights at C = {ceiling:g}")
-    for axes in (bandit, fork, width, clipped):
+    for axes in every:
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xticks(range(len(components)), [str(m) for m in components])
         axes.set_xlabel("M")
