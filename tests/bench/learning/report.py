@@ -2,8 +2,9 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,7 @@ class Cell:
     train_cpu_s: Array
     record: Record
 
-    @property
+    @cached_property
     def last_score(self) -> Estimate:
         """Mean over seeds of the final evaluation."""
         return estimate([self.last], mean)
@@ -93,6 +94,16 @@ def leaders(row: dict[str, Cell]) -> set[str]:
     return {name for name, cell in row.items() if cell.last_score.value >= best.low}
 
 
+def is_below_cloning(row: dict[str, Cell], name: str) -> bool:
+    """Whether a method's mean lies below the interval of behaviour cloning."""
+    return "bc" in row and row[name].last_score.value < row["bc"].last_score.low
+
+
+def _count(cells: Cells, name: str, holds: Callable[[dict[str, Cell], str], bool]) -> str:
+    there = [row for row in cells.values() if name in row]
+    return f"{sum(holds(row, name) for row in there)} of {len(there)}"
+
+
 def columns_of(cells: Cells) -> list[str]:
     """Labels that are there, ours last."""
     present = {name for row in cells.values() for name in row}
@@ -131,8 +142,10 @@ def _scores(cells: Cells) -> Iterator[str]:
     if len(cells) > 1:
         iqm = {name: estimate([row[name].last for row in cells.values()], interquartile_mean) for name in shared}
         rows.append(["IQM of all", *(_shown(iqm[name], False) if name in iqm else "" for name in columns)])
+        rows.append(["leads on", *(_count(cells, name, lambda row, name: name in leaders(row)) for name in columns)])
+        rows.append(["below bc on", *(_count(cells, name, is_below_cloning) for name in columns)])
     yield "Normalised score of the last policy, mean over seeds and its 95 % interval; bold: the best mean, and every"
-    yield "mean within the interval of the best."
+    yield "mean within the interval of the best. Below bc: a mean below the interval of behaviour cloning."
     yield ""
     yield from _table(["task", *columns], rows)
 

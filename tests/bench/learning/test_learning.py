@@ -282,6 +282,9 @@ def test_tables_hold_the_newest_settings_alone_and_mark_the_leaders() -> None:
     assert cells["fork"]["lom"].best == pytest.approx([100 + 100 / 11.75, 90 + 100 / 11.75, 100 + 100 / 11.75])
     # lom: mean 96.7, interval from 90; awr 96.9 leads by a hair, lom lies within its interval; cql does not.
     assert report.leaders(cells["fork"]) == {"lom", "awr"}
+    cells["fork"]["bc"] = cells["fork"]["awr"]
+    assert not report.is_below_cloning(cells["fork"], "lom")  # 96.7; awr is [96.0, 97.7]
+    assert report.is_below_cloning(cells["fork"], "cql")
     text = report.render(cells)
     assert "**97 [90, 100]**" in text
     assert "| 70 [70, 70] |" in text
