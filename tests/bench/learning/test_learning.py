@@ -233,6 +233,7 @@ def test_settings_from_before_an_option_existed_are_those_with_its_default(tmp_p
     assert results.digest_of(settings | {"batch": 7}) != digest
 
 
+@pytest.mark.timeout(300)  # it starts processes that load torch
 def test_a_run_keeps_each_result_and_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     results = Results(tmp_path / "results.jsonl")
     jobs = missing_jobs(results, ["bandit4"], ["lom"], range(2), steps=10, mixture_steps=10, seeds_at_once=2)
