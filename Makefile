@@ -96,6 +96,9 @@ $(BASELINES_VENV)/.installed: requirements/baselines.txt
 study: setup ## LOM against problems with exact answers; renews the pictures in docs/
 	$(PYTHON) -m lom.study
 
+bench-training: setup ## steps per second against a naive transcription, and of eight seeds at once
+	$(PYTHON) -m tests.bench.training
+
 bench-data: setup ## memory of a training with a million rows
 	$(PYTHON) -m tests.bench.dataset_memory
 
