@@ -17,7 +17,7 @@ CPP_PACKAGES := g++ make cmake pkg-config libgrpc++-dev libprotobuf-dev protobuf
 SERVING_TESTS := tests/server tests/clients tests/protos tests/faults
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-serving cpp-packages test-cpp lint types roads protos requirements study bench-learning learning-report bench-data bench-serving bench-control bench-export clean
+.PHONY: help setup demo test test-serving cpp-packages test-cpp lint types roads protos requirements study bench-learning learning-report bench-training bench-data bench-serving bench-control bench-export clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
