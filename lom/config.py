@@ -21,6 +21,10 @@ class TrainConfig:
     """M. More components than real modes is cheap insurance: unused ones are masked."""
     min_mixing_weight: float = 0.05
     """Components below this mixing weight are never chosen; capped at 0.5/M. 0 turns the mask off (not advised)."""
+    mode_prior: float = 0.0
+    """How much better than a likelier component a rarer one must be to be chosen: hyper-Q + `mode_prior` times its own
+    spread (root mean square of the advantage of a component over the behaviour) times log α. 0 ignores likelihood, as
+    published; much above 0.5 misses good modes that are rare."""
     hidden: tuple[int, ...] = (256, 256)
     """Widths of critics, hyper-critic, actor and behaviour cloning."""
     mixture_hidden: tuple[int, ...] = (256, 256)
@@ -65,6 +69,9 @@ class TrainConfig:
     """Noise on the imitated action, unit actions. Above 0 the actor leaves the mode."""
     target_noise_std: float = 0.2
     """Noise on the next action in the critic's target (clipped at ±0.5), unit actions."""
+    n_step: int = 1
+    """Rewards that the critic's target sums before it bootstraps (eq. 16: one). The data's own steps are the
+    behaviour's, so more of them only add noise, and a horizon of a hundred is learned in far fewer gradient steps."""
     discount: float = 0.99
     """γ, 0 to 1."""
     reward_scale: float = 1.0
@@ -114,12 +121,13 @@ class TrainConfig:
             "batch",
             "hyper_batch",
             "imitation_samples",
+            "n_step",
         )
         for name in positive:
             _require(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
         for name in ("mixture_learning_rate", "critic_learning_rate", "hyper_learning_rate", "actor_learning_rate"):
             _require(0.0 < getattr(self, name) <= 1.0, name, "a rate in (0, 1]", getattr(self, name))
-        for name in ("imitation_noise_std", "target_noise_std", "inverse_temperature"):
+        for name in ("imitation_noise_std", "target_noise_std", "inverse_temperature", "mode_prior"):
             value = getattr(self, name)
             _require(value >= 0.0 and math.isfinite(value), name, "0 or more, finite", value)
         for name in ("hidden", "mixture_hidden"):
@@ -134,6 +142,12 @@ class TrainConfig:
             "imitation_samples",
             "1 with imitated_actions = data, which has one action a state",
             self.imitation_samples,
+        )
+        _require(
+            self.advantage_baseline != "hyper" or self.n_step == 1,
+            "n_step",
+            "1 with advantage_baseline = hyper, whose critics value other steps than the data's",
+            self.n_step,
         )
         _require(-20.0 <= self.log_std_min <= -1.0, "log_std_min", "-20 to -1", self.log_std_min)
         _require(self.averaging_steps >= 0, "averaging_steps", "0 or more", self.averaging_steps)

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from lom import losses, signatures
 from lom.config import TrainConfig
 from lom.dataset import DatasetError, Transitions
-from lom.mode_selection import ModeChoice, gather_component, select_mode
+from lom.mode_selection import ModeChoice, gather_component, hyper_spread
 from lom.networks import Critic, Mixture, stacked
 from lom.policy import LomPolicy
+from lom.returns import multi_step
 
 Stage = Literal["mixture", "policy"]
 Metrics = dict[str, float]
@@ -39,6 +40,7 @@ _TARGET_UPDATE_EVERY = 2
 _MEANS_SEEDING_ROWS = 4096
 _CACHE_CHUNK_ROWS = 8192
 _SIGN_ROWS = 2048
+_SPREAD_STEPS = 100
 _CACHE_FLOATS = 1 << 19
 _NOT_NETWORKS = ("optimiser", "generator", "steps_done")
 
@@ -117,7 +119,7 @@ class _Rows(NamedTuple):
     observations: Tensor
     actions: Tensor
     rewards: Tensor
-    terminals: Tensor
+    discounts: Tensor
     next_observations: Tensor
     next_actions: Tensor
 
@@ -235,13 +237,14 @@ class Learner:
 
         observations = tensor(transitions.observations)
         policy.normaliser.fit(observations)
+        rewards, last, discounts = multi_step(transitions, self.config.n_step, self.config.discount)
         return _Rows(
             observations=policy.normaliser(observations),
             actions=policy.action_scaler.to_unit(tensor(transitions.actions)),
-            rewards=tensor(transitions.rewards) * self.config.reward_scale,
-            terminals=tensor(transitions.terminals).float(),
-            next_observations=policy.normaliser(tensor(transitions.next_observations)),
-            next_actions=policy.action_scaler.to_unit(tensor(transitions.next_actions)),
+            rewards=tensor(rewards).float() * self.config.reward_scale,
+            discounts=tensor(discounts * ~transitions.terminals[last]).float(),
+            next_observations=policy.normaliser(tensor(transitions.next_observations[last])),
+            next_actions=policy.action_scaler.to_unit(tensor(transitions.next_actions[last])),
         )
 
     def remaining(self) -> Iterator[tuple[Stage, int]]:
@@ -317,10 +320,10 @@ class Learner:
     def _temporal_difference(
         self, name: str, critic: Critic, target_critic: Critic, rows: Tensor, next_actions: Tensor
     ) -> None:
-        observations, actions, rewards, terminals, next_observations = (_taken(part, rows) for part in self._rows[:-1])
+        observations, actions, rewards, discounts, next_observations = (_taken(part, rows) for part in self._rows[:-1])
         with torch.no_grad():
             next_values = target_critic(next_observations, next_actions)
-            targets = losses.sarsa_target(rewards, terminals, next_values, self.config.discount)
+            targets = losses.sarsa_target(rewards, discounts, next_values)
         loss = losses.critic_loss(critic(observations, actions), targets)
         self._descend(f"{name}/loss", [loss], self.config.critic_learning_rate)
 
@@ -346,6 +349,7 @@ class Learner:
         actions = self.actor(batch.observations)
         with torch.no_grad():
             hyper_q = self.hyper_critic(batch.observations)
+            self._follow_spread(hyper_q, batch.mixture)
             choice = self._choose(hyper_q, batch.mixture)
             mode_mean = gather_component(batch.mixture.means, choice.mode)
             mode_log_std = gather_component(batch.mixture.log_stds, choice.mode)
@@ -372,8 +376,15 @@ class Learner:
             "hyper_critic/mask_overruled": lambda: choice.overruled.float().mean(dim=-1),
         }
 
+    def _follow_spread(self, hyper_q: Tensor, mixture: Mixture) -> None:
+        """The prior's unit is an average over the last steps, so that it neither jumps nor lags behind hyper-Q."""
+        scale = self._networks.policy.prior_scale
+        if scale is not None:
+            spread = hyper_spread(hyper_q, mixture.log_weights)
+            scale.lerp_(self.config.mode_prior * spread, 1.0 / min(self.policy_steps_done + 1, _SPREAD_STEPS))
+
     def _choose(self, hyper_q: Tensor, mixture: Mixture) -> ModeChoice:
-        return select_mode(hyper_q, mixture.log_weights.exp(), self.config.effective_min_mixing_weight)
+        return self._networks.policy.choose(hyper_q, mixture.log_weights)
 
     def _imitated_actions(self, mode_mean: Tensor, mode_log_std: Tensor, data_actions: Tensor) -> Tensor:
         """Actions of the chosen mode, or those of the data, float32[..., B, n, A]."""

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 
-def sarsa_target(rewards: Tensor, terminals: Tensor, next_values: Tensor, discount: float) -> Tensor:
+def sarsa_target(rewards: Tensor, discounts: Tensor, next_values: Tensor) -> Tensor:
     """y = r + γ (1 - terminal) min_c Q̄_c(s', a'), a' being the action that the data took next (eq. 16).
 
-    Shapes: rewards float32[..., B], terminals float32[..., B] (1 where s' is absorbing), next_values
-    float32[C, ..., B] -> [..., B].
+    Shapes: rewards float32[..., B], discounts float32[..., B] (γ, and 0 where s' is absorbing), next_values
+    float32[C, ..., B] -> [..., B]. Several steps have the sum of their rewards, γ^k and where they ended.
     """
-    return rewards + discount * (1.0 - terminals) * next_values.amin(dim=0)
+    return rewards + discounts * next_values.amin(dim=0)
 
 
 def critic_loss(values: Tensor, targets: Tensor) -> Tensor:

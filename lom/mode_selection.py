@@ -47,3 +47,14 @@ def gather_component(parameters: Tensor, mode: Tensor) -> Tensor:
     """The chosen component's row of a per-component array: float32[..., B, M, A] and int64[..., B] -> [..., B, A]."""
     index = mode[..., None, None].expand(*(-1 for _ in mode.shape), 1, parameters.shape[-1])
     return parameters.gather(-2, index).squeeze(-2)
+
+
+def hyper_spread(hyper_q: Tensor, log_weights: Tensor) -> Tensor:
+    """Root mean square of what a component is worth more than the behaviour, drawn by its weight: sqrt(E_s Σ_k α_k
+    (Q_H(s, k) - Σ_j α_j Q_H(s, j))²).
+
+    Shapes: both float32[..., B, M] -> [...].
+    """
+    weights = log_weights.exp()
+    advantages = hyper_q - (weights * hyper_q).sum(dim=-1, keepdim=True)
+    return (weights * advantages.square()).sum(dim=-1).mean(dim=-1).sqrt()

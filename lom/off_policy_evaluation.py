@@ -31,6 +31,7 @@ from lom.config import TrainConfig
 from lom.dataset import DatasetError, Transitions, load_transitions
 from lom.evaluation import Recommendation, bootstrap_interval, policy_act, recommend
 from lom.policy import VARIANTS, LomPolicy
+from lom.returns import returns_to_go
 from lom.run import RunError, load_run
 from lom.scaling import ActionScaler, ObservationNormaliser
 
@@ -175,7 +176,7 @@ def evaluate_off_policy(
         transitions.next_actions,
         *(_actions(act, transitions.next_observations) for act in policies.values()),
     ]
-    to_go = _returns_to_go(transitions, config.discount)
+    to_go = returns_to_go(transitions, config.discount)
     # Values are fitted in units of the data's returns: a network that starts near 0 starts at their mean, so that a
     # horizon of a hundred steps need not be learned from nothing, and the rewards' scale does not matter.
     middle, unit = float(to_go.mean()), max(float(to_go.std()), 1e-3 * float(np.abs(to_go).max())) or 1.0
@@ -294,16 +295,6 @@ class _ActionValues(nn.Module):
 def _actions(act: Callable[[Array], Array], observations: Array) -> Array:
     starts = range(0, len(observations), _CHUNK_ROWS)
     return np.concatenate([act(observations[start : start + _CHUNK_ROWS]) for start in starts])
-
-
-def _returns_to_go(transitions: Transitions, discount: float) -> NDArray[np.float64]:
-    """Discounted return from every row to the end of its episode, float64[N]."""
-    ends = np.diff(transitions.episodes, append=-1) != 0
-    to_go, following = np.empty(len(transitions)), 0.0
-    for row in range(len(transitions) - 1, -1, -1):
-        following = float(transitions.rewards[row]) + (0.0 if ends[row] else discount * following)
-        to_go[row] = following
-    return to_go
 
 
 def evaluate_variants(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lom.config import TrainConfig
-from lom.mode_selection import gather_component, select_mode
+from lom.mode_selection import ModeChoice, gather_component, select_mode
 from lom.networks import Actor, BehaviourMixture, HyperCritic, Mixture, OneHotHyperCritic
 from lom.scaling import ActionScaler, ObservationNormaliser
 
@@ -26,6 +26,9 @@ class LomPolicy(nn.Module):
         action_dim = action_low.numel()
         self.observation_dim = observation_dim
         self.min_mixing_weight = config.effective_min_mixing_weight
+        self.prior_scale: Tensor | None
+        # Learned beside hyper-Q, whose units it has; absent without a prior, so that such runs are what they were.
+        self.register_buffer("prior_scale", torch.zeros(()) if config.mode_prior > 0 else None)
         self.normaliser = ObservationNormaliser(observation_dim)
         self.action_scaler = ActionScaler(action_low, action_high)
         self.mixture = BehaviourMixture(
@@ -44,6 +47,17 @@ class LomPolicy(nn.Module):
             means=self.action_scaler.from_unit(mixture.means),
             log_stds=mixture.log_stds + self.action_scaler.log_half_range,
         )
+
+    def choose(self, hyper_q: Tensor, log_weights: Tensor) -> ModeChoice:
+        """The greedy hyper-policy's choice: argmax_k Q_H(s, k) + λ' log α_k(s) among supported components.
+
+        λ' is `mode_prior` in units of hyper-Q's own spread.
+
+        Shapes: hyper_q and log_weights float32[..., B, M].
+        """
+        if self.prior_scale is not None:
+            hyper_q = hyper_q + self.prior_scale[..., None, None] * log_weights
+        return select_mode(hyper_q, log_weights.exp(), self.min_mixing_weight)
 
     def greedy_mode(
         self, observations: Tensor, forced_mode: Tensor | None = None, noise: Tensor | None = None
@@ -64,7 +78,7 @@ class LomPolicy(nn.Module):
         behaviour = self.behaviour(observations)
         hyper_q = self.hyper_critic(self.normaliser(observations))
         mixing_weights = behaviour.log_weights.exp()
-        choice = select_mode(hyper_q, mixing_weights, self.min_mixing_weight)
+        choice = self.choose(hyper_q, behaviour.log_weights)
         mode = choice.mode if forced_mode is None else torch.where(forced_mode >= 0, forced_mode.long(), choice.mode)
         action = gather_component(behaviour.means, mode)
         if noise is not None:

@@ -10,9 +10,9 @@ from lom import losses
 
 def test_sarsa_target_takes_the_minimum_over_critics_and_ignores_what_follows_a_terminal() -> None:
     rewards = torch.tensor([1.0, 1.0])
-    terminals = torch.tensor([0.0, 1.0])
+    discounts = torch.tensor([0.5, 0.0])
     next_values = torch.tensor([[10.0, 10.0], [4.0, 4.0]])
-    targets = losses.sarsa_target(rewards, terminals, next_values, discount=0.5)
+    targets = losses.sarsa_target(rewards, discounts, next_values)
     assert targets.tolist() == [3.0, 1.0]
 
 

@@ -1,8 +1,9 @@
 import math
 
+import pytest
 import torch
 
-from lom.mode_selection import gather_component, select_mode
+from lom.mode_selection import gather_component, hyper_spread, select_mode
 
 
 def test_an_unsupported_component_is_never_chosen_however_high_its_hyper_q() -> None:
@@ -40,3 +41,11 @@ def test_a_single_component_is_chosen_without_margin() -> None:
 def test_gather_component_takes_each_rows_own_component() -> None:
     parameters = torch.arange(12.0).view(2, 3, 2)
     assert gather_component(parameters, torch.tensor([2, 0])).tolist() == [[4.0, 5.0], [6.0, 7.0]]
+
+
+def test_spread_by_hand() -> None:
+    """Weights 3/4 and 1/4, values 1 and 5: the behaviour has 2, advantages are -1 and 3, the mean square 3/4 + 9/4."""
+    log_weights = torch.tensor([[0.75, 0.25]]).log()
+    assert hyper_spread(torch.tensor([[1.0, 5.0]]), log_weights).item() == pytest.approx(3**0.5)
+    two_runs = torch.tensor([[[1.0, 5.0]], [[1.0, 1.0]]])
+    assert hyper_spread(two_runs, log_weights.expand(2, 1, 2)).tolist() == pytest.approx([3**0.5, 0.0])

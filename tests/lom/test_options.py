@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from lom import losses, train
 from lom.config import PRESETS, TASKS, TrainConfig, preset_config
+from lom.dataset import load_transitions
 from lom.envs.fork import fork_demonstrations
 from lom.learner import Learner
 from lom.networks import LOG_STD_MAX, BehaviourMixture, Mixture
+from lom.returns import multi_step
 from lom.run import load_run
 from lom.study.experiments import (
     TWO_PUSHES,
@@ -223,6 +225,47 @@ def test_the_datas_own_action_counts_as_far_as_the_chosen_mode_brought_it_forth(
     _, target, row_weights = imitated[0]
     assert target[:, 0].numpy() == pytest.approx(data_action, abs=1e-6)
     assert row_weights.numpy() == pytest.approx(brought_forth * weight, abs=1e-4)
+
+
+def test_several_steps_enter_the_critics_target(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With target critics that say 2: Σ γ^i r_i + 2 γ^k, and no 2 behind a terminal."""
+    np.savez(tmp_path / "fork.npz", **fork_demonstrations(episodes=5, seed=1))  # type: ignore[arg-type]
+    transitions = load_transitions([tmp_path / "fork.npz"])
+    learner = Learner(transitions, replace(TINY, n_step=4, batch=256), -torch.ones(2), torch.ones(2))
+    learner.mixture_steps_done = TINY.mixture_steps
+    set_output(learner.target_critic.members[0], [2.0])
+    recorded = calls_of(monkeypatch, "critic_loss")
+    step(learner)
+    rewards, last, discounts = multi_step(transitions, 4, TINY.discount)
+    expected = np.unique((rewards + 2.0 * discounts * ~transitions.terminals[last]).astype(np.float32))
+    targets = np.unique(recorded[0][1].numpy())
+    assert len(targets) > 10
+    assert np.abs(targets[:, None] - expected).min(axis=1).max() < 1e-5
+    one_step = transitions.rewards + 2.0 * TINY.discount * ~transitions.terminals
+    assert np.abs(targets[:, None] - one_step).min(axis=1).max() > 0.1
+
+
+def test_steps_of_the_data_say_nothing_about_the_greedy_hyper_policy() -> None:
+    with pytest.raises(ValueError, match="n_step: expected 1 with advantage_baseline = hyper"):
+        replace(TINY, n_step=2, advantage_baseline="hyper")
+
+
+@pytest.mark.parametrize(("prior", "mode"), [(0.0, 1), (1.4, 1), (1.6, 0)])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_a_rare_component_must_be_better_by_the_prior(prior: float, mode: int, scale: float) -> None:
+    """Weights 0.9 and 0.1, hyper-Q 0 and q: a spread of q sqrt(0.9 · 0.1² + 0.1 · 0.9²) = 0.3 q. The rare one is chosen
+    while q > 0.3 q λ ln 9, which is λ < 1.517, whatever the scale of the rewards."""
+    learner = learner_of(replace(TINY, mode_prior=prior, hyper_learning_rate=1e-9))
+    with torch.no_grad():
+        learner.policy.mixture.mixing_logits.bias.copy_(torch.tensor([math.log(9.0), 0.0]))
+    set_output(learner.hyper_critic, [0.0, scale])
+    for _ in range(3):
+        step(learner)
+    learned = learner.policy.prior_scale
+    assert (learned is None) == (prior == 0.0)
+    assert learned is None or learned.item() == pytest.approx(0.3 * scale * prior, rel=1e-4)
+    chosen = learner.policy(torch.zeros(1, 1), "greedy_mode")["mode"].item()
+    assert chosen == mode
 
 
 def test_many_samples_reach_the_closed_form_too() -> None:
