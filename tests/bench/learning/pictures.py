@@ -32,9 +32,7 @@ def draw(cells: Cells, folder: Path) -> list[tuple[Path, str]]:
         chosen = {task: row for task, row in cells.items() if TASKS[task].group == group}
         path = folder / f"results-{group}.png"
         _draw_group(chosen, path)
-        pictures.append(
-            (path, f"Normalised scores with 95 % intervals over seeds; group {group}, {len(chosen)} tasks.")
-        )
+        pictures.append((path, f"Normalised scores with 95 % intervals over seeds, {len(chosen)} tasks."))
     return pictures
 
 
@@ -65,7 +63,9 @@ def _draw_panel(axis: Axes, title: str, scores: dict[str, Estimate], names: list
     for height, name in enumerate(reversed(names)):
         if name in scores:
             score, colour = scores[name], _COLOURS.get(name, "#3a7d44")
-            axis.plot([score.low, score.high], [height, height], color=colour, linewidth=6, alpha=0.35)
+            axis.plot(
+                [score.low, score.high], [height, height], color=colour, linewidth=6, alpha=0.35, solid_capstyle="butt"
+            )
             axis.plot(score.value, height, "o", color=colour, markersize=5)
     axis.set_yticks(range(len(names)), list(reversed(names)), fontsize=8)
     axis.tick_params(axis="x", labelsize=8)

@@ -118,7 +118,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
 
 
 def _shown(score: Estimate, bold: bool) -> str:
-    text = f"{score.value:.0f} [{score.low:.0f}, {score.high:.0f}]"
+    text = f"{score.value:.1f} [{score.low:.1f}, {score.high:.1f}]"
     return f"**{text}**" if bold else text
 
 

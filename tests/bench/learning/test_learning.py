@@ -287,8 +287,8 @@ def test_tables_hold_the_newest_settings_alone_and_mark_the_leaders() -> None:
     assert not report.is_below_cloning(cells["fork"], "lom")  # 96.7; awr is [96.0, 97.7]
     assert report.is_below_cloning(cells["fork"], "cql")
     text = report.render(cells)
-    assert "**97 [90, 100]**" in text
-    assert "| 70 [70, 70] |" in text
+    assert "**96.7 [90.0, 100.0]**" in text
+    assert "| 70.5 [70.5, 70.5] |" in text
 
 
 def test_only_what_stands_between_the_marks_is_renewed(tmp_path: Path) -> None:
