@@ -21,10 +21,11 @@ class TrainConfig:
     """M. More components than real modes is cheap insurance: unused ones are masked."""
     min_mixing_weight: float = 0.05
     """Components below this mixing weight are never chosen; capped at 0.5/M. 0 turns the mask off (not advised)."""
-    mode_prior: float = 0.0
-    """How much better than a likelier component a rarer one must be to be chosen: hyper-Q + `mode_prior` times its own
-    spread (root mean square of the advantage of a component over the behaviour) times log α. 0 ignores likelihood, as
-    published; much above 0.5 misses good modes that are rare."""
+    mode_prior: float = 0.5
+    """How much better than a likelier component a rarer one must be to be chosen: the choice is argmax of hyper-Q +
+    `mode_prior` times its own spread (root mean square of the advantage of a component over the behaviour) times log α.
+    Keeps the choice from following hyper-Q's noise away from the data. 0 ignores likelihood, as published; 1 misses
+    good modes that are rare."""
     hidden: tuple[int, ...] = (256, 256)
     """Widths of critics, hyper-critic, actor and behaviour cloning."""
     mixture_hidden: tuple[int, ...] = (256, 256)
@@ -210,6 +211,7 @@ _PAPER = replace(
     steps=1_000_000,
     mixture_hidden=(512, 512),
     min_mixing_weight=0.0,
+    mode_prior=0.0,
     initial_means="network",
     log_std_min=-15.0,
     mixture_decay_share=0.0,

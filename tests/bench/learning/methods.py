@@ -12,7 +12,9 @@ LOM_OPTIONS: dict[str, dict[str, Any]] = {
     "onestep": {"num_components": 1},
     "awr": {"num_components": 1, "imitated_actions": "data"},
     "lom-hyper8": {"advantage_baseline": "hyper", "imitation_samples": 8},
+    "lom-no-prior": {"mode_prior": 0.0},
     "lom-data": {"imitated_actions": "data"},
+    "lom-n-step": {"n_step": 50},
     "lom-no-mask": {"min_mixing_weight": 0.0},
 }
 """Our methods: fields of the preset that they set."""

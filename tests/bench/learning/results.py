@@ -50,7 +50,8 @@ class Results:
     def digest_of(self, settings: Settings) -> str:
         """The digest under which these settings are known, or by which they are known from now on.
 
-        Fields that did not exist when settings were stored are taken to have had today's defaults.
+        Fields that did not exist when settings were stored are taken to have had today's defaults: an option whose
+        default changes what is learned has to be written into the stored settings, with the value that says "without".
         """
         for digest, known in self._settings.items():
             if all(known.get(name, _DEFAULTS.get(name, _ABSENT)) == value for name, value in settings.items()):
