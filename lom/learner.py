@@ -381,7 +381,8 @@ class Learner:
         scale = self._networks.policy.prior_scale
         if scale is not None:
             spread = hyper_spread(hyper_q, mixture.log_weights)
-            scale.lerp_(self.config.mode_prior * spread, 1.0 / min(self.policy_steps_done + 1, _SPREAD_STEPS))
+            target = (self.config.mode_prior * spread)[..., None, None]
+            scale.lerp_(target, 1.0 / min(self.policy_steps_done + 1, _SPREAD_STEPS))
 
     def _choose(self, hyper_q: Tensor, mixture: Mixture) -> ModeChoice:
         return self._networks.policy.choose(hyper_q, mixture.log_weights)

@@ -253,7 +253,7 @@ class _Encoding:
     def __init__(self, transitions: Transitions) -> None:
         self._normaliser = ObservationNormaliser(transitions.observations.shape[1])
         self._normaliser.fit(torch.from_numpy(transitions.observations))
-        low, high = torch.from_numpy(transitions.action_low), torch.from_numpy(transitions.action_high)
+        low, high = torch.tensor(transitions.action_low), torch.tensor(transitions.action_high)
         self._scaler = ActionScaler(low, high)
 
     def observations(self, observations: Array) -> Tensor:

@@ -28,7 +28,7 @@ class LomPolicy(nn.Module):
         self.min_mixing_weight = config.effective_min_mixing_weight
         self.prior_scale: Tensor | None
         # Learned beside hyper-Q, whose units it has; absent without a prior, so that such runs are what they were.
-        self.register_buffer("prior_scale", torch.zeros(()) if config.mode_prior > 0 else None)
+        self.register_buffer("prior_scale", torch.zeros(1, 1) if config.mode_prior > 0 else None)
         self.normaliser = ObservationNormaliser(observation_dim)
         self.action_scaler = ActionScaler(action_low, action_high)
         self.mixture = BehaviourMixture(
@@ -56,7 +56,7 @@ class LomPolicy(nn.Module):
         Shapes: hyper_q and log_weights float32[..., B, M].
         """
         if self.prior_scale is not None:
-            hyper_q = hyper_q + self.prior_scale[..., None, None] * log_weights
+            hyper_q = hyper_q + self.prior_scale * log_weights
         return select_mode(hyper_q, log_weights.exp(), self.min_mixing_weight)
 
     def greedy_mode(

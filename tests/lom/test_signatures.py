@@ -75,7 +75,7 @@ def test_data_without_spread_collapses_the_modes() -> None:
 def test_without_the_mask_modes_act_that_no_data_supports(healthy: Learner) -> None:
     """Hyper-Q is told to prefer the lightest component."""
     learner = copy.deepcopy(healthy)
-    learner.config = replace(learner.config, min_mixing_weight=0.0)
+    learner.policy.min_mixing_weight = 0.0
     with torch.no_grad():
         learner.policy.mixture.mixing_logits.bias[3] = -20.0
         list(learner.policy.hyper_critic.parameters())[-1][3] = 1e6
