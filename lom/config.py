@@ -71,8 +71,9 @@ class TrainConfig:
     target_noise_std: float = 0.2
     """Noise on the next action in the critic's target (clipped at ±0.5), unit actions."""
     n_step: int = 1
-    """Rewards that the critic's target sums before it bootstraps (eq. 16: one). The data's own steps are the
-    behaviour's, so more of them only add noise, and a horizon of a hundred is learned in far fewer gradient steps."""
+    """Rewards that the critic's target sums before it bootstraps (eq. 16: one). More reach a horizon of a hundred in
+    far fewer gradient steps, with more noise; data of several policies is not Markov, and long sums then say who
+    acted."""
     discount: float = 0.99
     """γ, 0 to 1."""
     reward_scale: float = 1.0

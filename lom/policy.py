@@ -48,16 +48,16 @@ class LomPolicy(nn.Module):
             log_stds=mixture.log_stds + self.action_scaler.log_half_range,
         )
 
-    def choose(self, hyper_q: Tensor, log_weights: Tensor) -> ModeChoice:
-        """The greedy hyper-policy's choice: argmax_k Q_H(s, k) + λ' log α_k(s) among supported components.
+    def preference(self, hyper_q: Tensor, log_weights: Tensor) -> Tensor:
+        """Q_H(s, k) + λ' log α_k(s), by which modes are chosen; λ' is `mode_prior` in units of hyper-Q's own spread.
 
-        λ' is `mode_prior` in units of hyper-Q's own spread.
-
-        Shapes: hyper_q and log_weights float32[..., B, M].
+        Shapes: hyper_q and log_weights float32[..., B, M] -> [..., B, M].
         """
-        if self.prior_scale is not None:
-            hyper_q = hyper_q + self.prior_scale * log_weights
-        return select_mode(hyper_q, log_weights.exp(), self.min_mixing_weight)
+        return hyper_q if self.prior_scale is None else hyper_q + self.prior_scale * log_weights
+
+    def choose(self, hyper_q: Tensor, log_weights: Tensor) -> ModeChoice:
+        """The greedy hyper-policy's choice: the preferred one of the supported components. Shapes as above."""
+        return select_mode(self.preference(hyper_q, log_weights), log_weights.exp(), self.min_mixing_weight)
 
     def greedy_mode(
         self, observations: Tensor, forced_mode: Tensor | None = None, noise: Tensor | None = None
@@ -72,13 +72,14 @@ class LomPolicy(nn.Module):
 
         Returns:
             action float32[B, A]; mode int32[B], the component that acted; margin float32[B], of the free choice;
-            hyper_q and mixing_weights float32[B, M]; component_means and component_log_stds float32[B, M, A].
+            hyper_q float32[B, M], as it is chosen by: with the prior; mixing_weights float32[B, M]; component_means and
+            component_log_stds float32[B, M, A].
             Action, means and standard deviations are in environment units.
         """
         behaviour = self.behaviour(observations)
-        hyper_q = self.hyper_critic(self.normaliser(observations))
+        hyper_q = self.preference(self.hyper_critic(self.normaliser(observations)), behaviour.log_weights)
         mixing_weights = behaviour.log_weights.exp()
-        choice = self.choose(hyper_q, behaviour.log_weights)
+        choice = select_mode(hyper_q, mixing_weights, self.min_mixing_weight)
         mode = choice.mode if forced_mode is None else torch.where(forced_mode >= 0, forced_mode.long(), choice.mode)
         action = gather_component(behaviour.means, mode)
         if noise is not None:

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ import numpy as np
 import torch
 
 from lom.config import PRESETS
+
+STUDIED = replace(PRESETS["small"], mode_prior=0.0)
+"""What every study starts from. Exact answers know no prior on modes."""
 
 Result = Any
 """What was measured, as JSON keeps it: numbers, lists of them, and dicts of both."""
@@ -65,7 +68,7 @@ class Cell:
 
 def _preset() -> dict[str, Any]:
     """What every study starts from."""
-    preset: dict[str, Any] = _plain(PRESETS["small"])
+    preset: dict[str, Any] = _plain(STUDIED)
     return preset
 
 

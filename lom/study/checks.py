@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lom.config import PRESETS, TrainConfig
+from lom.config import TrainConfig
 from lom.dataset import Transitions
 from lom.envs.bandit import CORNER_REWARDS, CORNERS, Bandit4Env, bandit_demonstrations
 from lom.envs.fork import demonstrator_action, fork_demonstrations
@@ -24,6 +24,7 @@ from lom.evaluation import EVALUATION_SEED, evaluate, policy_act
 from lom.losses import imitation_weights, weighted_imitation_loss
 from lom.mode_selection import gather_component
 from lom.policy import LomPolicy
+from lom.study.cells import STUDIED
 from lom.study.experiments import continued, trained, transitions_from
 from lom.study.hyper_policies import RULES, greedy, rules
 from lom.study.quadratic import QuadraticValue, tilted_mode
@@ -77,7 +78,7 @@ class Task:
     def config(self, *, seed: int, **overrides: Any) -> TrainConfig:
         """How one seed is trained."""
         own = {name: getattr(self, name) for name in ("mixture_steps", "steps", "min_mixing_weight")}
-        return replace(PRESETS["small"], seed=seed, **own, **overrides)
+        return replace(STUDIED, seed=seed, **own, **overrides)
 
 
 _BANDIT = Task(

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lom.config import PRESETS, TrainConfig
+from lom.config import TrainConfig
 from lom.dataset import Transitions, load_transitions
 from lom.learner import Learner
 from lom.networks import Mixture
+from lom.study.cells import STUDIED
 from lom.study.linear_quadratic import Controller, LinearQuadraticProblem
 from lom.study.quadratic import Array, QuadraticValue, tilted_mode
 
@@ -180,7 +181,7 @@ def fit_synthetic_mixture(
     """Experiment 1: fits `num_components` components to `modes` true ones."""
     truth = SyntheticModes(modes=modes, separation=separation)
     observations, actions = truth.draw(rows, seed)
-    config = replace(PRESETS["small"], seed=seed, num_components=num_components, mixture_steps=steps, steps=1)
+    config = replace(STUDIED, seed=seed, num_components=num_components, mixture_steps=steps, steps=1)
     data = transitions_of(observations.numpy(), actions.numpy(), np.zeros(rows))
     return compare_mixture(truth, trained(data, config, mixture_only=True), seed)
 
@@ -226,7 +227,7 @@ class ModeSelection:
 
 
 TWO_PUSHES_CONFIG = replace(
-    PRESETS["small"],
+    STUDIED,
     mixture_steps=500,
     steps=1500,
     num_components=4,
@@ -340,7 +341,7 @@ def improve_on_mode(*, seed: int = 0, rows: int = 10_000, config: TrainConfig | 
     centres = np.array([mean for mean, _ in PEAKS])[rng.integers(2, size=rows)]
     actions = (centres + MODE_STD * rng.standard_normal(rows))[:, None]
     config = config or replace(
-        PRESETS["small"], mixture_steps=500, steps=1500, num_components=4, inverse_temperature=INVERSE_TEMPERATURE
+        STUDIED, mixture_steps=500, steps=1500, num_components=4, inverse_temperature=INVERSE_TEMPERATURE
     )
     data = transitions_of(np.zeros((rows, 1)), actions, peak_reward(actions))
     policy = trained(data, replace(config, seed=seed)).policy
@@ -392,7 +393,7 @@ def learn_double_circle(*, seed: int = 0, rows: int = 5_000, config: TrainConfig
     angle = rng.uniform(0, 2 * np.pi, rows)
     points = (radius / 1.2)[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
     rewards = (points[:, 0] * points[:, 1] > 0).astype(np.float64)
-    config = config or replace(PRESETS["small"], mixture_steps=1500, steps=1500, num_components=8)
+    config = config or replace(STUDIED, mixture_steps=1500, steps=1500, num_components=8)
     policy = trained(transitions_of(points[:, :1], points[:, 1:], rewards), replace(config, seed=seed)).policy
     states = points[rng.permutation(rows)[:500], 0]
     states.sort()

@@ -51,7 +51,8 @@ class Explanation:
     **Shapes**: with the leading axes of the observations, `hyper_q` and `mixing_weights` float32[..., M],
     `component_means` and `component_log_stds` float32[..., M, A].
 
-    **Units**: means in environment units, log-stds of actions scaled to [-1, 1].
+    **Units**: means in environment units, log-stds of actions scaled to [-1, 1]. `hyper_q` is what the choice is made
+    by, with the prior on modes where the policy was trained with one.
     """
 
     hyper_q: NDArray[np.float32]
