@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lom.config import PRESETS
+from lom.study import cells
 from lom.study.cells import Cell, Result, measured
 
 
@@ -65,7 +65,7 @@ def test_other_arguments_and_another_configuration_are_measured_anew(
     assert squares(list(measured([other], kept))) == [[25.0]]
     list(measured([other], kept))
     assert len(lines(tmp_path)) == 2
-    monkeypatch.setitem(PRESETS, "small", replace(PRESETS["small"], batch=7))
+    monkeypatch.setattr(cells, "STUDIED", replace(cells.STUDIED, batch=7))
     list(measured([other], kept))
     assert len(lines(tmp_path)) == 3
 
