@@ -168,8 +168,13 @@ def test_a_call_that_is_interrupted_is_taken_back(server: FakePolicyServer, clie
         return never_act(request, context)
 
     server.act = interrupt_and_never_answer
-    with pytest.raises(KeyboardInterrupt):
-        client.act(ROW, deadline_s=60)
+    # A shell that starts the tests in the background has told them to ignore it.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            client.act(ROW, deadline_s=60)
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert server.given_up.wait(PATIENCE_S / 2)
 
 

@@ -645,7 +645,8 @@ async def test_a_single_bundle_can_be_replaced_in_its_place(tmp_path: Path) -> N
 async def test_a_hung_run_costs_its_caller_and_a_worker_and_nobody_else(tmp_path: Path) -> None:
     write_test_bundle(tmp_path / "toy" / "1")
     write_test_bundle(tmp_path / "burning" / "1", policy="burning", flaws=BURNING)
-    async with running(tmp_path, run_limit_s=0.3, max_batch_rows=HANGING_ROWS) as stage:
+    room = {"max_batch_rows": HANGING_ROWS, "max_queue_rows": 2 * HANGING_ROWS}  # robots may wait beside the run
+    async with running(tmp_path, run_limit_s=0.3, **room) as stage:
         before = await stage.held()
         processes = set(stage.processes())
         async with asking_robots(stage, "toy") as robots:
