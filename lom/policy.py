@@ -10,6 +10,9 @@ from lom.mode_selection import ModeChoice, gather_component, select_mode
 from lom.networks import Actor, BehaviourMixture, HyperCritic, Mixture, OneHotHyperCritic
 from lom.scaling import ActionScaler, ObservationNormaliser
 
+# What weighs less is never chosen. Its logarithm may be infinite in half precision, and 0 times that is no number.
+_LEAST_LOG_WEIGHT = -80.0
+
 VARIANTS = ("greedy_mode", "actor", "bc")
 
 
@@ -53,7 +56,9 @@ class LomPolicy(nn.Module):
 
         Shapes: hyper_q and log_weights float32[..., B, M] -> [..., B, M].
         """
-        return hyper_q if self.prior_scale is None else hyper_q + self.prior_scale * log_weights
+        if self.prior_scale is None:
+            return hyper_q
+        return hyper_q + self.prior_scale * log_weights.clamp(min=_LEAST_LOG_WEIGHT)
 
     def choose(self, hyper_q: Tensor, log_weights: Tensor) -> ModeChoice:
         """The greedy hyper-policy's choice: the preferred one of the supported components. Shapes as above."""

@@ -281,7 +281,9 @@ def test_failed_loads_cost_no_answer_and_no_memory(server: Server) -> None:
             for _ in range(times):
                 loads = [
                     stub.LoadPolicy.future(
-                        admin_pb2.LoadPolicyRequest(policy=name), timeout=PATIENCE_S, metadata=credentials(ADMIN_TOKEN)
+                        admin_pb2.LoadPolicyRequest(policy=name),
+                        timeout=4 * PATIENCE_S,
+                        metadata=credentials(ADMIN_TOKEN),
                     )
                     for name in names
                 ]
