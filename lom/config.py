@@ -186,6 +186,7 @@ class TrainConfig:
         if unknown:
             raise ValueError(f"training configuration: expected known fields, got {sorted(unknown)}")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in document.items()}
+        values.setdefault("mode_prior", 0.0)  # a run from before it existed had none
         return cls(**values)
 
 

@@ -48,3 +48,10 @@ def test_an_unknown_field_of_a_newer_version_is_refused() -> None:
 def test_the_digest_changes_with_any_field() -> None:
     assert TrainConfig().digest == TrainConfig().digest
     assert TrainConfig().digest != TrainConfig(seed=1).digest
+
+
+def test_a_run_from_before_there_was_a_prior_has_none() -> None:
+    document = asdict(TrainConfig(mode_prior=0.7))
+    assert TrainConfig.from_json(document).mode_prior == 0.7
+    del document["mode_prior"]
+    assert TrainConfig.from_json(document).mode_prior == 0.0
