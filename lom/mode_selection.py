@@ -23,6 +23,12 @@ class ModeChoice(NamedTuple):
     overruled: Tensor
 
 
+def supported(mixing_weights: Tensor, min_mixing_weight: float) -> Tensor:
+    """Which components may be chosen, bool[..., M]: those of enough weight, and always the heaviest."""
+    heaviest = mixing_weights.amax(dim=-1, keepdim=True)
+    return (mixing_weights >= min_mixing_weight) | (mixing_weights >= heaviest)
+
+
 def select_mode(hyper_q: Tensor, mixing_weights: Tensor, min_mixing_weight: float) -> ModeChoice:
     """argmax_k Q_H(s, k) over components whose mixing weight is at least `min_mixing_weight`.
 
@@ -31,9 +37,7 @@ def select_mode(hyper_q: Tensor, mixing_weights: Tensor, min_mixing_weight: floa
 
     Shapes: hyper_q and mixing_weights float32[..., B, M].
     """
-    heaviest = mixing_weights.amax(dim=-1, keepdim=True)
-    allowed = (mixing_weights >= min_mixing_weight) | (mixing_weights >= heaviest)
-    masked = torch.where(allowed, hyper_q, -torch.inf)
+    masked = torch.where(supported(mixing_weights, min_mixing_weight), hyper_q, -torch.inf)
     mode = masked.argmax(dim=-1)
     if hyper_q.shape[-1] == 1:
         margin = torch.full_like(hyper_q[..., 0], torch.nan)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lom.mode_selection import select_mode
+from lom.mode_selection import select_mode, supported
 from lom.study.quadratic import Array
 
 RULES = ("random_uniform", "random_alpha", "max_alpha", "hyper_q", "oracle", "worst")
@@ -30,7 +30,7 @@ def rules(answer: Mapping[str, Tensor], best_actions: Tensor, min_mixing_weight:
     is nearest; `worst` is hyper-Q upside down.
     """
     hyper_q, weights, means = answer["hyper_q"], answer["mixing_weights"], answer["component_means"]
-    allowed = (weights >= min_mixing_weight) | (weights >= weights.amax(dim=-1, keepdim=True))
+    allowed = supported(weights, min_mixing_weight)
     nearness = -(means - best_actions.unsqueeze(1)).norm(dim=-1)
     return {
         "random_uniform": allowed / allowed.sum(dim=-1, keepdim=True),

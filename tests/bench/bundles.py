@@ -25,7 +25,7 @@ from lom_bundle import Bundle, BundleError, read_bundle
 from lom_export.exporter import ExportConfig, Exported, export_run
 from lom_export.graph import OBSERVATION, STATE_SCORE, PolicyGraph, export_graph
 from lom_export.proof import cpu_session, free_choice
-from tests.bench.learning.tasks import HOPPER_FILES, MissingDataError, given_data
+from tests.bench.learning.tasks import TASKS, MissingDataError, given_data
 
 Rows = NDArray[np.float32]
 
@@ -44,7 +44,7 @@ class Subject:
 SUBJECTS = (
     Subject("fork, M = 8 (the demo's)", "lom/Fork-v0", "small", 8),
     Subject("fork, M = 1", "lom/Fork-v0", "small", 1),
-    Subject("Hopper, M = 5", "Hopper-v4", "locomotion_cpu", 5, HOPPER_FILES),
+    Subject("Hopper, M = 5", "Hopper-v4", "locomotion_cpu", 5, TASKS["hopper-real-mix"].files),
 )
 
 

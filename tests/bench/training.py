@@ -7,7 +7,6 @@ On a machine with other work, processor time of one thread says what wall time s
 """
 
 import copy
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from lom.dataset import Transitions
 from lom.learner import Learner, chosen_device
 from lom.networks import OneHotHyperCritic
 from lom.study.experiments import transitions_of
+from tests.bench.machine import processor
 
 OBSERVATION_DIM, ACTION_DIM = 17, 6
 ROWS = 100_000
@@ -287,7 +287,7 @@ def main() -> None:
     device = chosen_device(arguments.device)
     threads = arguments.threads or torch.get_num_threads()
     clock = time.perf_counter if arguments.clock == "wall" else time.process_time
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{_processor()}, {threads} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{processor()}, {threads} threads"
     console = Console(soft_wrap=True)
     table = Table(title=f"{name}, torch {torch.__version__}, {arguments.repeats} turns of {arguments.seconds:g} s")
     table.caption = f"steps per second of {arguments.clock} time"
@@ -308,15 +308,6 @@ def main() -> None:
 
 def _summary(values: list[float], form: str) -> tuple[str, str]:
     return f"{statistics.median(values):{form}}", f"{min(values):{form}} to {max(values):{form}}"
-
-
-def _processor() -> str:
-    """The model's name where Linux tells it."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
 
 
 if __name__ == "__main__":

@@ -234,8 +234,6 @@ _EXPERT_MIX = {
 _SEEDS = tuple(f"ythuangyt_sac_{seed}" for seed in range(6))
 _OPOLO = {"HalfCheetah": 6000, "Hopper": 3500, "Walker2d": 3500}
 
-HOPPER_FILES = ("opolo_Hopper_scores_3500_episodes_10.npz", "cs285_fall2023_Hopper.npz")
-
 
 def _locomotion() -> list[Task]:
     tasks = []

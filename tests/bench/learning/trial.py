@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +19,7 @@ from tests.bench.learning.baselines import train_baseline
 from tests.bench.learning.methods import D3RLPY_ALGORITHMS, Budget, d3rlpy_config, lom_config, variants_of
 from tests.bench.learning.results import Record
 from tests.bench.learning.tasks import TASKS, Task
+from tests.bench.machine import processor
 
 CHECKPOINTS = 10
 CURVE_SEED = EVALUATION_SEED + 100_000
@@ -152,12 +152,7 @@ def _record(
 
 def _device() -> str:
     """Architecture and processor model, one thread."""
-    cpuinfo = Path("/proc/cpuinfo")
-    models = (
-        [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] if cpuinfo.exists() else []
-    )
-    model = models[0].split(":", 1)[1].strip() if models else platform.processor()
-    return f"{platform.machine()}, {model}, 1 thread"
+    return f"{platform.machine()}, {processor()}, 1 thread"
 
 
 def _commit() -> str:
