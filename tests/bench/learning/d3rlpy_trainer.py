@@ -27,7 +27,16 @@ def main() -> None:
     import d3rlpy  # type: ignore[import-not-found]
     from d3rlpy.dataset import TransitionMiniBatch  # type: ignore[import-not-found]
     from d3rlpy.models.encoders import VectorEncoderFactory  # type: ignore[import-not-found]
+    from d3rlpy.optimizers import AdamFactory  # type: ignore[import-not-found]
     from d3rlpy.preprocessing import StandardObservationScaler  # type: ignore[import-not-found]
+
+    class FusedAdam(AdamFactory):  # type: ignore[misc]
+        """The same steps in a third less time, up to rounding: our methods have it too."""
+
+        def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+            optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+            optimizer.param_groups[0]["fused"] = True
+            return optimizer
 
     d3rlpy.seed(job["seed"])
     torch.set_num_threads(1)
@@ -37,6 +46,7 @@ def main() -> None:
     terminals = data["terminals"].astype(np.float32)[:, None]
     intervals = np.ones((job["fields"]["batch_size"], 1), np.float32)
     kinds = {"td3_bc": d3rlpy.algos.TD3PlusBCConfig, "iql": d3rlpy.algos.IQLConfig, "cql": d3rlpy.algos.CQLConfig}
+    defaults = kinds[job["algorithm"]]()
     config = kinds[job["algorithm"]](
         observation_scaler=StandardObservationScaler(
             mean=data["observation_mean"], std=data["observation_std"], eps=0.0
@@ -44,8 +54,9 @@ def main() -> None:
         **{
             name: VectorEncoderFactory(hidden_units=list(job["hidden"]))
             for name in ("actor_encoder_factory", "critic_encoder_factory", "value_encoder_factory")
-            if hasattr(kinds[job["algorithm"]](), name)
+            if hasattr(defaults, name)
         },
+        **{name: FusedAdam() for name in vars(defaults) if name.endswith("_optim_factory")},
         **job["fields"],
     )
     algorithm = config.create(device=False)
