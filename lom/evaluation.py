@@ -99,8 +99,8 @@ def recommend(results: Mapping[str, NDArray[np.float64]]) -> Recommendation:
     mode, which needs no actor, never acts between two modes, and explains each action by its mode and margin.
 
     Args:
-        results: of `greedy_mode`, `actor` and `bc`, on the same episodes (from the same seeds): float64[E], or
-            float64[K, E] by K estimators.
+        results: of `greedy_mode` and `actor`, and of `bc` where it is to be warned of; on the same episodes (from the
+            same seeds): float64[E], or float64[K, E] by K estimators.
     """
 
     def difference(variant: str, other: str) -> tuple[str, bool]:
@@ -109,9 +109,9 @@ def recommend(results: Mapping[str, NDArray[np.float64]]) -> Recommendation:
         return f"{variant} - {other}: {gain.mean():.4g}, 95 % interval {low:.4g} to {high:.4g}", low > 0
 
     compared, actor_is_better = difference("actor", "greedy_mode")
-    cloned = [difference("bc", variant) for variant in ("actor", "greedy_mode")]
+    cloned = [difference("bc", variant) for variant in ("actor", "greedy_mode") if "bc" in results]
     warning = None
-    if all(is_better for _, is_better in cloned):
+    if cloned and all(is_better for _, is_better in cloned):
         margins = "; ".join(margin for margin, _ in cloned)
         warning = (
             f"behaviour cloning is better than both ({margins}): there was little to select in this data, or training "

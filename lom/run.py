@@ -158,6 +158,12 @@ class TrainedRun:
     samples: DataSamples
     summary: Mapping[str, Any]
 
+    @property
+    def recommended(self) -> Mapping[str, Any] | None:
+        """What the evaluation at the end of training recommends (`lom.evaluation.Recommendation`), if there was one."""
+        evaluation = self.summary.get("evaluation") or self.summary.get("off_policy_evaluation") or {}
+        return evaluation.get("recommended")
+
 
 def require_new(folder: Path) -> None:
     """Raises RunError where the folder is there already, or where nobody may look."""

@@ -163,7 +163,7 @@ class Manifest:
         warnings: by score, `state_score` (is the observation like the training data?) and `action_score` (would the
             behaviour have acted like this?); empty where there was nothing to calibrate on.
         files: {file name: {"sha256": hexadecimal, "bytes": size}}; the writer fills it in.
-        evaluation: what chose the default variant; empty when no environment was given.
+        evaluation: what chose the default variant, at export or at the end of training; empty when nothing did.
         provenance: versions, dataset fingerprint, training configuration, parity measured at export.
     """
 

@@ -44,10 +44,12 @@ def model_card(manifest: Manifest) -> str:
     evaluation = manifest.evaluation
     choice = "The default was not chosen by an evaluation."
     if evaluation:
+        choice = f"The default is what training recommends ({evaluation['recommended']['reason']})."
+    if "variants" in evaluation:
         returns = ", ".join(f"`{name}` {result['return_mean']:.2f}" for name, result in evaluation["variants"].items())
         choice = (
-            f"The default is the one that returned more over {evaluation['episodes']} episodes of "
-            f"{evaluation['env']} at export: {returns}."
+            f"The default was chosen by {evaluation['episodes']} episodes of {evaluation['env']} at export: {returns} "
+            f"({evaluation['recommended']['reason']})."
         )
     return _TEMPLATE.format(
         policy=manifest.policy,

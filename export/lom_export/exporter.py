@@ -14,7 +14,7 @@ import tyro
 from numpy.typing import NDArray
 
 import lom
-from lom.evaluation import EVALUATION_SEED, UnsuitableEnvError, env_spaces, evaluate
+from lom.evaluation import EVALUATION_SEED, UnsuitableEnvError, env_spaces, evaluate, recommend
 from lom.observation_parts import element_names
 from lom.run import RunSpec, TrainedRun, load_run
 from lom_bundle import (
@@ -152,8 +152,7 @@ def export_run(config: ExportConfig, report: Callable[[str], None] = lambda stag
         report(f"playing {config.episodes} episodes per variant in {config.env}")
         keys = trained.spec.observation_keys
         evaluation = _evaluate(manifest, graphs, config.env, config.episodes, keys)
-        candidates = {name: evaluation["variants"][name]["return_mean"] for name in ("greedy_mode", "actor")}
-        manifest = replace(manifest, evaluation=evaluation, default_variant=max(candidates, key=candidates.__getitem__))
+        manifest = replace(manifest, evaluation=evaluation, default_variant=evaluation["recommended"]["variant"])
     manifest = replace(
         manifest,
         provenance={**manifest.provenance, "parity": {name: asdict(result) for name, result in parity.items()}},
@@ -247,7 +246,7 @@ def _manifest(
             )
             for name, module in modules.items()
         },
-        default_variant="greedy_mode",
+        default_variant=trained.recommended["variant"] if trained.recommended else "greedy_mode",
         num_components=spec.config.num_components,
         min_mixing_weight=spec.config.effective_min_mixing_weight,
         control_period_s=contract.control_period_s,
@@ -258,6 +257,7 @@ def _manifest(
             tie_width=proof.tie_width(rows[f"{EXPLAINED_VARIANT}.hyper_q"]),
         ),
         warnings=warnings,
+        evaluation={"recommended": trained.recommended} if trained.recommended else {},
         provenance={
             "datasets": list(spec.datasets),
             "dataset_rows": spec.dataset_rows,
@@ -337,8 +337,8 @@ def _check_env(env_id: str, spec: RunSpec) -> None:
 def _evaluate(
     manifest: Manifest, graphs: Mapping[str, bytes], env_id: str, episodes: int, observation_keys: Sequence[str]
 ) -> dict[str, Any]:
-    """Plays the graphs themselves, not the torch modules that they came from."""
-    results = {}
+    """Plays the graphs themselves, not the torch modules that they came from; says which of them to act by."""
+    results, returns = {}, {}
     for variant, spec in manifest.variants.items():
         session = proof.cpu_session(graphs[spec.graph])
 
@@ -347,5 +347,11 @@ def _evaluate(
             return actions
 
         outcome = evaluate(act, env_id, episodes=episodes, seed=EVALUATION_SEED, observation_keys=observation_keys)
-        results[variant] = outcome.to_json()
-    return {"env": env_id, "episodes": episodes, "seed": EVALUATION_SEED, "variants": results}
+        results[variant], returns[variant] = outcome.to_json(), outcome.returns
+    return {
+        "env": env_id,
+        "episodes": episodes,
+        "seed": EVALUATION_SEED,
+        "variants": results,
+        "recommended": asdict(recommend(returns)),
+    }

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 from numpy.typing import NDArray
 
 from lom.config import TrainConfig
+from lom.evaluation import Evaluation
 from lom.policy import LomPolicy
+from lom.run import write_summary
 from lom_bundle import Bundle, BundleError, read_bundle
 from lom_export import exporter, main, proof
 from lom_export import precision as precision_module
@@ -253,13 +256,27 @@ def test_a_contract_that_cannot_be_meant_is_refused(
     assert not (tmp_path / "bundle").exists()
 
 
-def test_the_evaluation_chooses_the_default_variant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_training_recommends_is_the_default_variant(tmp_path: Path) -> None:
+    save_untrained_run(tmp_path / "run", config=CONFIG)
+    recommended = {"variant": "actor", "reason": "actor - greedy_mode: 1", "warning": None}
+    write_summary(tmp_path / "run", {"evaluation": {}, "off_policy_evaluation": {"recommended": recommended}})
+    export_run(ExportConfig(run=tmp_path / "run", out=tmp_path / "bundle"))
+    assert read_bundle(tmp_path / "bundle").manifest.default_variant == "actor"
+    assert "what training recommends (actor - greedy_mode: 1)" in (tmp_path / "bundle" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("gain", "chosen"), [((1.0, 1.0, 1.0), "actor"), ((9.0, 9.0, -9.0), "greedy_mode")])
+def test_the_evaluation_at_export_has_the_last_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gain: Sequence[float], chosen: str
+) -> None:
+    """A gain in every episode is one beyond chance; a higher mean with losses among three episodes is none."""
+    played = iter([np.zeros(3), np.array(gain)])  # greedy_mode, then actor
+    monkeypatch.setattr(exporter, "evaluate", lambda *_, **__: Evaluation(returns=next(played), success_rate=None))
     save_untrained_run(tmp_path / "run", config=CONFIG, env="lom/Fork-v0")
     export_run(ExportConfig(run=tmp_path / "run", out=tmp_path / "bundle", env="lom/Fork-v0", episodes=3))
     manifest = read_bundle(tmp_path / "bundle").manifest
-    returns = {name: result["return_mean"] for name, result in manifest.evaluation["variants"].items()}
-    assert set(returns) == {"greedy_mode", "actor"}
-    assert returns[manifest.default_variant] == max(returns.values())
+    assert set(manifest.evaluation["variants"]) == {"greedy_mode", "actor"}
+    assert manifest.default_variant == chosen
     assert manifest.policy == "fork-v0"
 
 
