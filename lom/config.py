@@ -66,6 +66,12 @@ class TrainConfig:
     """β, multiplies the advantage in exp(β A). Higher imitates more sharply, and climbs errors of the critic."""
     max_imitation_weight: float = 50.0
     """C of eq. 18, the ceiling of an imitation weight."""
+    max_drift: float = 10.0
+    """D: how far weights may lead the actor from the chosen mode over the horizon H, in the mode's standard deviations.
+    exp(β A) leans every action by about β rms(A) of them, and all may lean to one side: β is lowered to D / (H rms(A))
+    where that is less. An action that is better once need not be better in every step: the states are then no longer
+    those of the data. H is 1 / (1 - γ), or the length of episodes that ended earlier; mean over rows. 0 is no limit, as
+    published."""
     imitation_noise_std: float = 0.0
     """Noise on the imitated action, unit actions. Above 0 the actor leaves the mode."""
     target_noise_std: float = 0.2
@@ -129,7 +135,13 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, name, "1 or more", getattr(self, name))
         for name in ("mixture_learning_rate", "critic_learning_rate", "hyper_learning_rate", "actor_learning_rate"):
             _require(0.0 < getattr(self, name) <= 1.0, name, "a rate in (0, 1]", getattr(self, name))
-        for name in ("imitation_noise_std", "target_noise_std", "inverse_temperature", "mode_prior"):
+        for name in (
+            "imitation_noise_std",
+            "target_noise_std",
+            "inverse_temperature",
+            "mode_prior",
+            "max_drift",
+        ):
             value = getattr(self, name)
             _require(value >= 0.0 and math.isfinite(value), name, "0 or more, finite", value)
         for name in ("hidden", "mixture_hidden"):
@@ -186,7 +198,8 @@ class TrainConfig:
         if unknown:
             raise ValueError(f"training configuration: expected known fields, got {sorted(unknown)}")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in document.items()}
-        values.setdefault("mode_prior", 0.0)  # a run from before it existed had none
+        for name in ("mode_prior", "max_drift"):  # a run from before they existed had none
+            values.setdefault(name, 0.0)
         return cls(**values)
 
 
@@ -214,6 +227,7 @@ _PAPER = replace(
     mixture_hidden=(512, 512),
     min_mixing_weight=0.0,
     mode_prior=0.0,
+    max_drift=0.0,
     initial_means="network",
     log_std_min=-15.0,
     mixture_decay_share=0.0,

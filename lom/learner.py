@@ -30,7 +30,7 @@ from lom.dataset import DatasetError, Transitions
 from lom.mode_selection import ModeChoice, gather_component, hyper_spread
 from lom.networks import Critic, Mixture, stacked
 from lom.policy import LomPolicy
-from lom.returns import multi_step
+from lom.returns import mean_horizon, multi_step
 
 Stage = Literal["mixture", "policy"]
 Metrics = dict[str, float]
@@ -40,7 +40,7 @@ _TARGET_UPDATE_EVERY = 2
 _MEANS_SEEDING_ROWS = 4096
 _CACHE_CHUNK_ROWS = 8192
 _SIGN_ROWS = 2048
-_SPREAD_STEPS = 100
+_AVERAGED_STEPS = 100
 _CACHE_FLOATS = 1 << 19
 _NOT_NETWORKS = ("optimiser", "generator", "steps_done")
 
@@ -57,6 +57,8 @@ class _Networks(nn.Module):
         self.policy = LomPolicy(config, observation_dim, action_low, action_high)
         self.critic = Critic(observation_dim, action_low.numel(), config.num_critics, config.hidden)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.mean_square_advantage: Tensor | None
+        self.register_buffer("mean_square_advantage", torch.zeros(1, 1) if config.max_drift > 0 else None)
         if config.averaging_steps > 0:  # then the policy's own are averages of these
             self.learned_actor = copy.deepcopy(self.policy.actor)
             self.learned_hyper_critic = copy.deepcopy(self.policy.hyper_critic)
@@ -170,6 +172,7 @@ class Learner:
         self._axes = (len(seeds),) if seeds else ()
         self._generators = [torch.Generator(self.device).manual_seed(seed) for seed in self.seeds]
         self._networks_of_runs: list[_Networks] = []
+        horizons: list[float] = []
         rows_of_runs: list[_Rows] = []
         sarsa_rows_of_runs: list[Tensor] = []
         data = [transitions] if isinstance(transitions, Transitions) else transitions
@@ -177,6 +180,7 @@ class Learner:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 networks = _Networks(config, own.observations.shape[1], action_low, action_high).to(self.device)
+            horizons.append(mean_horizon(own, config.discount))
             rows = self._converted(own, networks.policy)
             if config.initial_means == "data":
                 seeding = torch.randperm(len(own), generator=generator, device=self.device)[:_MEANS_SEEDING_ROWS]
@@ -184,6 +188,7 @@ class Learner:
             self._networks_of_runs.append(networks)
             sarsa_rows_of_runs.append(_sarsa_rows(own) + sum(len(before.rewards) for before in rows_of_runs))
             rows_of_runs.append(rows)
+        self._horizons = torch.tensor(horizons, device=self.device).view(*self._axes, 1, 1)
         self._all_rows = _Population([len(rows.rewards) for rows in rows_of_runs], self.device)
         self._rows_with_target = _Population([len(rows) for rows in sarsa_rows_of_runs], self.device)
         self._sarsa_rows = torch.cat(sarsa_rows_of_runs).to(self.device)
@@ -355,7 +360,8 @@ class Learner:
             mode_log_std = gather_component(batch.mixture.log_stds, choice.mode)
             imitated = self._imitated_actions(mode_mean, mode_log_std, batch.actions)
             advantages = self._advantages(batch.observations, imitated, mode_mean, actions)
-            sharpness, ceiling = config.inverse_temperature, config.max_imitation_weight
+            self._follow_advantages(advantages)
+            sharpness, ceiling = self._sharpness(), config.max_imitation_weight
             weights = losses.imitation_weights(advantages, sharpness, ceiling)
             if config.imitation_samples == 1:
                 target, row_weights = imitated[..., 0, :], weights[..., 0]
@@ -368,6 +374,9 @@ class Learner:
         loss = losses.weighted_imitation_loss(actions, target, row_weights)
         self._descend("actor/loss", [loss], config.actor_learning_rate)
         self._latest |= {
+            "actor/inverse_temperature": lambda: (
+                torch.as_tensor(sharpness).expand(*self._axes, 1, 1).mean(dim=(-2, -1))
+            ),
             "actor/mean_weight": lambda: weights.mean(dim=(-2, -1)),
             "actor/clipped_weights": lambda: (weights >= ceiling).float().mean(dim=(-2, -1)),
             "actor/distance_to_mode_mean": lambda: (actions.detach() - mode_mean).norm(dim=-1).mean(dim=-1),
@@ -382,7 +391,22 @@ class Learner:
         if scale is not None:
             spread = hyper_spread(hyper_q, mixture.log_weights)
             target = (self.config.mode_prior * spread)[..., None, None]
-            scale.lerp_(target, 1.0 / min(self.policy_steps_done + 1, _SPREAD_STEPS))
+            scale.lerp_(target, 1.0 / min(self.policy_steps_done + 1, _AVERAGED_STEPS))
+
+    def _follow_advantages(self, advantages: Tensor) -> None:
+        followed = self._networks.mean_square_advantage
+        if followed is not None:
+            latest = advantages.square().mean(dim=(-2, -1), keepdim=True)
+            followed.lerp_(latest, 1.0 / min(self.policy_steps_done + 1, _AVERAGED_STEPS))
+
+    def _sharpness(self) -> Tensor | float:
+        """β, or less where that would lead too far from the mode: float32[..., 1, 1]."""
+        config, mean_square = self.config, self._networks.mean_square_advantage
+        if mean_square is None:
+            return config.inverse_temperature
+        return losses.limited_inverse_temperature(
+            config.inverse_temperature, config.max_drift, self._horizons, mean_square.sqrt()
+        )
 
     def _choose(self, hyper_q: Tensor, mixture: Mixture) -> ModeChoice:
         return self._networks.policy.choose(hyper_q, mixture.log_weights)
@@ -544,7 +568,7 @@ class Learner:
             imitated = self._imitated_actions(mode_mean, mode_log_std, data_actions)
             weights = losses.imitation_weights(
                 self._advantages(observations, imitated, mode_mean, actions),
-                config.inverse_temperature,
+                self._sharpness(),
                 config.max_imitation_weight,
             )
             seen = (mode_log_std, mixture.log_weights.exp(), choice.mode, weights, actions, mode_mean)

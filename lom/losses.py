@@ -48,7 +48,20 @@ def normalised_advantages(advantages: Tensor) -> Tensor:
     return advantages / advantages.square().mean(dim=(-2, -1), keepdim=True).sqrt().clamp(min=1e-6)
 
 
-def imitation_weights(advantages: Tensor, inverse_temperature: float, max_imitation_weight: float) -> Tensor:
+def limited_inverse_temperature(
+    inverse_temperature: float, max_drift: float, horizon: Tensor, advantage: Tensor
+) -> Tensor:
+    """min(β, D / (H rms(A))): weights exp(β A) lead at most D standard deviations from the mode over H steps.
+
+    Where A is linear in the action, exp(β A) moves a Gaussian by β std(A) of its standard deviations, and rms(A) is not
+    less. What that costs grows with the square of H times the move (Kakade and Langford, 2002; Schulman et al., 2015).
+
+    Shapes: horizon float32[..., 1, 1]; advantage, its root mean square over states and actions, likewise.
+    """
+    return (max_drift / (horizon * advantage).clamp(min=1e-6)).clamp(max=inverse_temperature)
+
+
+def imitation_weights(advantages: Tensor, inverse_temperature: Tensor | float, max_imitation_weight: float) -> Tensor:
     """min(exp(β A), C): how strongly an action is imitated (eq. 18; β multiplies, as in the authors' code).
 
     The exponent is clipped before exp, which gives the same weight and never overflows.
@@ -65,7 +78,7 @@ def weighted_imitation_loss(policy_actions: Tensor, imitated_actions: Tensor, we
 
 
 def self_normalised_target(
-    imitated_actions: Tensor, advantages: Tensor, inverse_temperature: float, max_imitation_weight: float
+    imitated_actions: Tensor, advantages: Tensor, inverse_temperature: Tensor | float, max_imitation_weight: float
 ) -> Tensor:
     """Σ_j w_j â_j / Σ_j w_j with the weights of eq. 18 over n actions of each state.
 

@@ -48,3 +48,16 @@ def multi_step(transitions: Transitions, steps: int, discount: float) -> MultiSt
         inside = np.flatnonzero(rows + ahead <= last)
         rewards[inside] += discount**ahead * transitions.rewards[inside + ahead].astype(np.float64)
     return MultiStep(rewards, last, np.power(np.float64(discount), last - rows + 1))
+
+
+def mean_horizon(transitions: Transitions, discount: float) -> float:
+    """Steps over which what a row does still matters: the length of its episode, at most 1 / (1 - γ); mean over rows.
+
+    An episode that was cut off might have gone on: it has 1 / (1 - γ), and its length where nothing is discounted.
+    """
+    lengths = np.bincount(transitions.episodes).astype(np.float64)
+    if discount < 1.0:
+        limit = 1.0 / (1.0 - discount)
+        ended = np.bincount(transitions.episodes, weights=transitions.terminals) > 0
+        lengths = np.where(ended, np.minimum(lengths, limit), limit)
+    return float(lengths[transitions.episodes].mean())

@@ -16,8 +16,8 @@ import torch
 
 from lom.config import PRESETS
 
-STUDIED = replace(PRESETS["small"], mode_prior=0.0)
-"""What every study starts from. Exact answers know no prior on modes."""
+STUDIED = replace(PRESETS["small"], mode_prior=0.0, max_drift=0.0)
+"""What every study starts from. Exact answers know neither a prior on modes nor a limit of the tilt."""
 
 Result = Any
 """What was measured, as JSON keeps it: numbers, lists of them, and dicts of both."""

@@ -20,7 +20,8 @@ SMALL = replace(
     mixture_hidden=(32,),
     num_components=5,
     hyper_batch=64,
-    mode_prior=0.0,  # the equations know none
+    mode_prior=0.0,  # the equations know neither
+    max_drift=0.0,
 )
 
 

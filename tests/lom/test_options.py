@@ -40,6 +40,7 @@ TINY = replace(
     hyper_batch=8,
     target_noise_std=0.0,
     mixture_decay_share=0.0,
+    max_drift=0.0,
 )
 MODES = (-0.5, 0.25)
 
@@ -266,6 +267,20 @@ def test_a_rare_component_must_be_better_by_the_prior(prior: float, mode: int, s
     assert learned is None or learned.item() == pytest.approx(0.3 * scale * prior, rel=1e-4)
     chosen = learner.policy(torch.zeros(1, 1), "greedy_mode")["mode"].item()
     assert chosen == mode
+
+
+@pytest.mark.parametrize(("max_drift", "expected"), [(0.0, 5.0), (1.0, 0.2), (10.0, 2.0), (50.0, 5.0)])
+def test_weights_lead_no_farther_than_the_drift(
+    monkeypatch: pytest.MonkeyPatch, max_drift: float, expected: float
+) -> None:
+    """A = 2 (0.3 - 0.25) = 0.1 with the data's action, 50 steps of horizon: β is at most D / (50 · 0.1)."""
+    config = replace(TINY, max_drift=max_drift, discount=0.98, imitated_actions="data", critic_learning_rate=1e-9)
+    learner = learner_of(config, data_action=0.3)
+    weights = calls_of(monkeypatch, "imitation_weights")
+    for _ in range(3):
+        step(learner)
+    assert [float(call[1]) for call in weights] == pytest.approx([expected] * 3, rel=1e-3)
+    assert learner.metrics()["actor/inverse_temperature"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_many_samples_reach_the_closed_form_too() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from lom.dataset import Transitions, load_transitions
 from lom.envs.fork import fork_demonstrations
-from lom.returns import multi_step, returns_to_go
+from lom.returns import mean_horizon, multi_step, returns_to_go
 
 
 def episodes(*lengths: int, terminal: bool, has_next_action: bool = False) -> Transitions:
@@ -70,3 +70,10 @@ def test_many_steps_of_terminal_episodes_are_the_whole_return(tmp_path: Path) ->
     np.testing.assert_allclose(rewards, returns_to_go(transitions, 0.99))
     assert (transitions.episodes[last] == transitions.episodes).all()
     assert multi_step(replace(transitions, rewards=0 * transitions.rewards), 7, 0.99).rewards.any() == np.False_
+
+
+def test_the_horizon_ends_with_the_episode_or_with_the_discount() -> None:
+    """Rows of 3 and 5 steps at γ = 0.75, which sees 4: (3 · 3 + 5 · 4) / 8; of episodes that were cut off 4 each."""
+    assert mean_horizon(episodes(3, 5, terminal=True), 0.75) == pytest.approx(29 / 8)
+    assert mean_horizon(episodes(3, 5, terminal=False), 0.75) == pytest.approx(4.0)
+    assert mean_horizon(episodes(3, 5, terminal=False), 1.0) == pytest.approx((9 + 25) / 8)
