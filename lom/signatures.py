@@ -67,14 +67,14 @@ SIGNATURES = (
         metric="signs/saturated_weights",
         limit=0.6,
         advice="most imitation weights are at the ceiling or near 0, a yes-or-no filter: lower inverse_temperature or "
-        "reward_scale, or set normalise_advantages",
+        "reward_scale, or set max_drift",
     ),
     Signature(
         name="actor and greedy mode disagree",
         metric="signs/actor_disagreement",
         limit=0.1,
         advice="the actor does something else than the modes it imitates, often between two of them: act by "
-        "greedy_mode, train longer, or set imitation_samples=8, averaging_steps and decay_share",
+        "greedy_mode, train longer, lower max_drift, or set imitation_samples=8, averaging_steps and decay_share",
     ),
 )
 
