@@ -60,7 +60,7 @@ SIGNATURES = (
         name="out-of-distribution modes",
         metric="signs/unsupported_modes",
         limit=0.05,
-        advice="modes act that the data hardly supports, their values are guesses: set min_mixing_weight to 0.05",
+        advice="modes act that the data hardly supports, their values may be guesses: try a higher min_mixing_weight",
     ),
     Signature(
         name="saturated weights",

@@ -9,11 +9,12 @@ from tests.bench.learning.tasks import Task
 
 LOM_OPTIONS: dict[str, dict[str, Any]] = {
     "lom": {},
-    "onestep": {"num_components": 1, "max_drift": 0.0},
-    "awr": {"num_components": 1, "imitated_actions": "data", "max_drift": 0.0},
+    "onestep": {"num_components": 1, "min_mixing_weight": 0.05, "max_drift": 0.0},
+    "awr": {"num_components": 1, "min_mixing_weight": 0.05, "imitated_actions": "data", "max_drift": 0.0},
     "lom-hyper8": {"advantage_baseline": "hyper", "imitation_samples": 8},
     "lom-no-prior": {"mode_prior": 0.0, "max_drift": 0.0},
-    "lom-no-limit": {"max_drift": 0.0},
+    "lom-mask-0.05": {"min_mixing_weight": 0.05},
+    "lom-no-limit": {"min_mixing_weight": 0.05, "max_drift": 0.0},
     "lom-data": {"imitated_actions": "data"},
     "lom-n-step": {"n_step": 50},
     "lom-no-mask": {"min_mixing_weight": 0.0},
