@@ -25,6 +25,7 @@ _LABELS = {
     ("lom", "greedy_mode"): "lom greedy",
 }
 _ORDER = ("bc", "td3_bc", "iql", "cql", "awr", "onestep", "lom greedy", "lom")
+_OURS = _ORDER[-2:]
 _GROUPS = {
     "generated": "Generated tasks",
     "like": "Our roll-outs of other people's policies",
@@ -110,6 +111,17 @@ def columns_of(cells: Cells) -> list[str]:
     return [name for name in _ORDER if name in present] + sorted(present - set(_ORDER))
 
 
+def methods_and_options(cells: Cells) -> tuple[Cells, Cells]:
+    """The methods, which compete; and LOM's own options beside its defaults, on the tasks where one was tried."""
+    options = {
+        task: {name: cell for name, cell in row.items() if name in _OURS or name not in _ORDER}
+        for task, row in cells.items()
+        if row.keys() - set(_ORDER)
+    }
+    methods = {task: {name: cell for name, cell in row.items() if name in _ORDER} for task, row in cells.items()}
+    return {task: row for task, row in methods.items() if row}, options
+
+
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     yield f"| {' | '.join(head)} |"
     yield f"|{' --- |' * len(head)}"
@@ -128,7 +140,10 @@ def render(cells: Cells) -> str:
     for group, title in _GROUPS.items():
         chosen = {task: row for task, row in cells.items() if TASKS[task].group == group}
         if chosen:
-            lines += [f"### {title}", "", *_scores(chosen), "", *_raw_and_best(chosen), "", *_seconds(chosen), ""]
+            methods, options = methods_and_options(chosen)
+            lines += [f"### {title}", "", *_scores(methods), "", *_raw_and_best(methods), "", *_seconds(methods), ""]
+            if options:
+                lines += [*_options(options), ""]
     return "\n".join(lines)
 
 
@@ -147,6 +162,17 @@ def _scores(cells: Cells) -> Iterator[str]:
     yield "Normalised score of the last policy, mean over seeds and its 95 % interval; bold: the best mean, and every"
     yield "mean within the interval of the best. Below bc: a mean below the interval of behaviour cloning."
     yield ""
+    yield from _table(["task", *columns], rows)
+
+
+def _options(cells: Cells) -> Iterator[str]:
+    columns = columns_of(cells)
+    yield "LOM's defaults beside other settings of its options (`tests/bench/learning/methods.py`), scores as above:"
+    yield ""
+    rows = [
+        [task, *(_shown(row[name].last_score, bold=False) if name in row else "" for name in columns)]
+        for task, row in cells.items()
+    ]
     yield from _table(["task", *columns], rows)
 
 
@@ -193,7 +219,7 @@ def write(results: Results, document: Path = DOCUMENT) -> None:
     text = document.read_text()
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         sys.exit(f"{document}: expected the lines {BEGIN} and {END}, once each")
-    pictures = draw(cells, document.parent)
+    pictures = draw(methods_and_options(cells)[0], document.parent)
     shown = "\n".join(f"![{caption}]({path.name})\n" for path, caption in pictures)
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     document.write_text(f"{before}{BEGIN}\n{render(cells)}\n{shown}{END}{after}")

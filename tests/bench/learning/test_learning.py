@@ -291,6 +291,17 @@ def test_tables_hold_the_newest_settings_alone_and_mark_the_leaders() -> None:
     assert "| 70.5 [70.5, 70.5] |" in text
 
 
+def test_options_do_not_compete_with_methods() -> None:
+    better = [record(seed, 3.6, method="lom-no-prior") for seed in range(2)]
+    cells = report.cells_of([*[record(seed, 3.47) for seed in range(2)], *better])
+    methods, options = report.methods_and_options(cells)
+    assert (set(methods["fork"]), set(options["fork"])) == ({"lom"}, {"lom", "lom-no-prior"})
+    text = report.render(cells)
+    assert "| fork | **100.0 [100.0, 100.0]** |" in text  # it leads, whatever an option of its own reaches
+    assert "| fork | 100.0 [100.0, 100.0] | 101.1 [101.1, 101.1] |" in text
+    assert report.methods_and_options(report.cells_of(better))[0] == {}
+
+
 def test_only_what_stands_between_the_marks_is_renewed(tmp_path: Path) -> None:
     document = tmp_path / "results.md"
     document.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
