@@ -19,10 +19,10 @@ class TrainConfig:
     """Gradient steps of critics, hyper-critic and actor, after the mixture is frozen."""
     num_components: int = 10
     """M. More components than real modes is cheap insurance: unused ones are masked."""
-    min_mixing_weight: float = 0.05
-    """Components below this mixing weight are never chosen; capped at 0.5/M. A weight needs rows to stand on: 0.05 with
-    thousands of rows; with 100,000, 0.001, or a good policy is never joined where a bad one left most of the rows.
-    0 turns the mask off (not advised)."""
+    min_mixing_weight: float = 0.001
+    """Components below this mixing weight are never chosen; capped at 0.5/M. A weight needs rows to stand on: of
+    100,000 a thousandth is enough, and without it a good policy is never joined where a bad one left most of the rows;
+    with thousands 0.05. 0 turns the mask off (not advised)."""
     mode_prior: float = 0.5
     """How much better than a likelier component a rarer one must be to be chosen: the choice is argmax of hyper-Q +
     `mode_prior` times its own spread (root mean square of the advantage of a component over the behaviour) times log α.
@@ -246,7 +246,6 @@ PRESETS: dict[str, TrainConfig] = {
         mixture_steps=4_000,
         steps=8_000,
         num_components=5,
-        min_mixing_weight=0.001,
         hidden=(128, 128),
         mixture_batch=256,
         batch=128,
@@ -262,6 +261,7 @@ PRESETS: dict[str, TrainConfig] = {
         mixture_steps=1_500,
         steps=3_000,
         num_components=8,
+        min_mixing_weight=0.05,
         hidden=(64, 64),
         mixture_hidden=(64, 64),
         mixture_batch=256,

@@ -60,7 +60,8 @@ SIGNATURES = (
         name="out-of-distribution modes",
         metric="signs/unsupported_modes",
         limit=0.05,
-        advice="modes act that the data hardly supports, their values may be guesses: try a higher min_mixing_weight",
+        advice="modes act that are rare in the data, right where a bad policy left most of the rows, guesses where data is "
+        "thin: compare with min_mixing_weight=0.05",
     ),
     Signature(
         name="saturated weights",

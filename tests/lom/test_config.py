@@ -14,7 +14,7 @@ def test_a_preset_survives_json(preset: str) -> None:
 
 @pytest.mark.parametrize(("components", "expected"), [(8, 0.05), (20, 0.025), (50, 0.01), (1, 0.05)])
 def test_the_support_threshold_leaves_room_for_equal_weights(components: int, expected: float) -> None:
-    config = TrainConfig(num_components=components)
+    config = TrainConfig(num_components=components, min_mixing_weight=0.05)
     assert config.effective_min_mixing_weight == pytest.approx(expected)
     assert config.effective_min_mixing_weight < 1 / components
 
