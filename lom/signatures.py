@@ -60,8 +60,8 @@ SIGNATURES = (
         name="out-of-distribution modes",
         metric="signs/unsupported_modes",
         limit=0.05,
-        advice="modes act that are rare in the data, right where a bad policy left most of the rows, guesses where data is "
-        "thin: compare with min_mixing_weight=0.05",
+        advice="modes act that are rare in the data: right where a bad policy left most of the rows, guesses where "
+        "data is thin; compare with min_mixing_weight=0.05",
     ),
     Signature(
         name="saturated weights",
