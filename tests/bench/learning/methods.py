@@ -19,7 +19,7 @@ LOM_OPTIONS: dict[str, dict[str, Any]] = {
     "lom-n-step": {"n_step": 50},
     "lom-no-mask": {"min_mixing_weight": 0.0},
 }
-"""Our methods: fields of the preset that they set."""
+"""Our methods: fields of the preset that they set. With one component the mask changes nothing."""
 
 D3RLPY_ALGORITHMS: dict[str, dict[str, Any]] = {
     "td3_bc": {},
