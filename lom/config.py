@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, NamedTuple
 
+_FEW_ROWS_MASK, _MANY_ROWS_MASK, _MANY_ROWS = 0.05, 0.001, 50_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -19,10 +21,10 @@ class TrainConfig:
     """Gradient steps of critics, hyper-critic and actor, after the mixture is frozen."""
     num_components: int = 10
     """M. More components than real modes is cheap insurance: unused ones are masked."""
-    min_mixing_weight: float = 0.001
-    """Components below this mixing weight are never chosen; capped at 0.5/M. A weight needs rows to stand on: of
-    100,000 a thousandth is enough, and without it a good policy is never joined where a bad one left most of the rows;
-    with thousands 0.05. 0 turns the mask off (not advised)."""
+    min_mixing_weight: float | None = None
+    """Components below this mixing weight are never chosen; capped at 0.5/M. None goes by the data, as a weight needs
+    rows to stand on: 0.05 for fewer than 50,000, and 0.001 from there on, or a good policy is never joined where a bad
+    one left most of the rows. 0 turns the mask off (not advised)."""
     mode_prior: float = 0.5
     """How much better than a likelier component a rarer one must be to be chosen: the choice is argmax of hyper-Q +
     `mode_prior` times its own spread (root mean square of the advantage of a component over the behaviour) times log α.
@@ -168,7 +170,12 @@ class TrainConfig:
         _require(-20.0 <= self.log_std_min <= -1.0, "log_std_min", "-20 to -1", self.log_std_min)
         _require(self.averaging_steps >= 0, "averaging_steps", "0 or more", self.averaging_steps)
         _require(self.seed >= 0, "seed", "0 or more", self.seed)
-        _require(0.0 <= self.min_mixing_weight < 1.0, "min_mixing_weight", "0 to below 1", self.min_mixing_weight)
+        _require(
+            self.min_mixing_weight is None or 0.0 <= self.min_mixing_weight < 1.0,
+            "min_mixing_weight",
+            "0 to below 1",
+            self.min_mixing_weight,
+        )
         _require(0.0 <= self.held_out_share <= 0.5, "held_out_share", "0 to 0.5", self.held_out_share)
         _require(0.0 <= self.discount <= 1.0, "discount", "0 to 1", self.discount)
         _require(0.0 < self.target_update_rate <= 1.0, "target_update_rate", "in (0, 1]", self.target_update_rate)
@@ -179,10 +186,17 @@ class TrainConfig:
         _require(self.threads >= 0, "threads", "0 or more", self.threads)
         _require(self.mixture_cache_bytes >= 0, "mixture_cache_bytes", "0 or more", self.mixture_cache_bytes)
 
+    def for_rows(self, rows: int) -> "TrainConfig":
+        """With the threshold that a dataset of so many rows supports, where none was chosen."""
+        if self.min_mixing_weight is not None:
+            return self
+        return replace(self, min_mixing_weight=_FEW_ROWS_MASK if rows < _MANY_ROWS else _MANY_ROWS_MASK)
+
     @property
     def effective_min_mixing_weight(self) -> float:
         """The mask's threshold: with M equal weights of 1/M, a fixed one would exclude all or sit on them."""
-        return min(self.min_mixing_weight, 0.5 / self.num_components)
+        chosen = _FEW_ROWS_MASK if self.min_mixing_weight is None else self.min_mixing_weight
+        return min(chosen, 0.5 / self.num_components)
 
     @property
     def digest(self) -> str:

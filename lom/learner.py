@@ -179,7 +179,9 @@ class Learner:
         for seed, generator, own in zip(self.seeds, self._generators, data, strict=True):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                networks = _Networks(config, own.observations.shape[1], action_low, action_high).to(self.device)
+                networks = _Networks(config.for_rows(len(own)), own.observations.shape[1], action_low, action_high).to(
+                    self.device
+                )
             horizons.append(mean_horizon(own, config.discount))
             rows = self._converted(own, networks.policy)
             if config.initial_means == "data":

@@ -146,6 +146,7 @@ def train(arguments: TrainArguments, console: Console) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     spec, transitions, card = _read_data(arguments, console)
+    config = spec.config
     console.print(card.tables())
     for note in card.notes if arguments.env else (*card.notes, "no --env: nothing will be played"):
         console.print(f"warning: {note}", style="yellow", markup=False, soft_wrap=True)
@@ -293,7 +294,7 @@ def _read_data(arguments: TrainArguments, console: Console) -> tuple[runs.RunSpe
         observation_high=unbounded if spaces is None else tuple(spaces.observation_high.tolist()),
         action_low=tuple(transitions.action_low.tolist()),
         action_high=tuple(transitions.action_high.tolist()),
-        config=arguments.config,
+        config=arguments.config.for_rows(len(transitions)),
         observation_parts=parts,
     )
     return spec, transitions, card

@@ -12,6 +12,12 @@ def test_a_preset_survives_json(preset: str) -> None:
     assert TrainConfig.from_json(json.loads(json.dumps(asdict(config)))) == config
 
 
+@pytest.mark.parametrize(("rows", "expected"), [(49_999, 0.05), (50_000, 0.001)])
+def test_many_rows_support_smaller_weights(rows: int, expected: float) -> None:
+    assert TrainConfig().for_rows(rows).effective_min_mixing_weight == expected
+    assert TrainConfig(min_mixing_weight=0.3).for_rows(rows).min_mixing_weight == 0.3
+
+
 @pytest.mark.parametrize(("components", "expected"), [(8, 0.05), (20, 0.025), (50, 0.01), (1, 0.05)])
 def test_the_support_threshold_leaves_room_for_equal_weights(components: int, expected: float) -> None:
     config = TrainConfig(num_components=components, min_mixing_weight=0.05)

@@ -421,7 +421,8 @@ def test_the_paper_preset_takes_only_what_the_paper_tunes_from_a_task() -> None:
 def test_a_task_lies_over_our_defaults_and_leaves_our_mask() -> None:
     config = preset_config("standard", "halfcheetah-medium-replay-like")
     assert (config.imitation_noise_std, config.max_imitation_weight) == (0.4, 100.0)
-    assert config.effective_min_mixing_weight == TrainConfig().min_mixing_weight == 0.001
+    assert config.min_mixing_weight is None
+    assert preset_config("paper", "halfcheetah-medium-replay-like").min_mixing_weight == 0.0
     assert len(TASKS) == 15
     assert TASKS["halfcheetah-medium-expert"].num_components == 1  # one-step advantage-weighted regression
 
