@@ -202,6 +202,8 @@ def _fetch4() -> list[Task]:
             env=f"lom/Fetch4{kind}-v0",
             preset="small",
             scale=scale,
+            mixture_steps=6_000,  # with the preset's 1,500 and 3,000 one seed in five arrives
+            steps=12_000,
             final_episodes=50,
             generate=partial(_fetch4_arrays, kind),
         )
