@@ -45,7 +45,12 @@ def main() -> None:
     rewards = (data["rewards"] * job["reward_scale"]).astype(np.float32)[:, None]
     terminals = data["terminals"].astype(np.float32)[:, None]
     intervals = np.ones((job["fields"]["batch_size"], 1), np.float32)
-    kinds = {"td3_bc": d3rlpy.algos.TD3PlusBCConfig, "iql": d3rlpy.algos.IQLConfig, "cql": d3rlpy.algos.CQLConfig}
+    kinds = {
+        "bc-all-steps": d3rlpy.algos.BCConfig,
+        "td3_bc": d3rlpy.algos.TD3PlusBCConfig,
+        "iql": d3rlpy.algos.IQLConfig,
+        "cql": d3rlpy.algos.CQLConfig,
+    }
     defaults = kinds[job["algorithm"]]()
     config = kinds[job["algorithm"]](
         observation_scaler=StandardObservationScaler(
@@ -53,10 +58,10 @@ def main() -> None:
         ),
         **{
             name: VectorEncoderFactory(hidden_units=list(job["hidden"]))
-            for name in ("actor_encoder_factory", "critic_encoder_factory", "value_encoder_factory")
-            if hasattr(defaults, name)
+            for name in vars(defaults)
+            if name.endswith("encoder_factory")
         },
-        **{name: FusedAdam() for name in vars(defaults) if name.endswith("_optim_factory")},
+        **{name: FusedAdam() for name in vars(defaults) if name.endswith("optim_factory")},
         **job["fields"],
     )
     algorithm = config.create(device=False)

@@ -22,6 +22,7 @@ LOM_OPTIONS: dict[str, dict[str, Any]] = {
 """Our methods: fields of the preset that they set. With one component the mask changes nothing."""
 
 D3RLPY_ALGORITHMS: dict[str, dict[str, Any]] = {
+    "bc-all-steps": {},
     "td3_bc": {},
     "iql": {},
     "cql": {},
@@ -82,14 +83,15 @@ def d3rlpy_config(task: Task, method: str, budget: Budget, seed: int) -> dict[st
     its authors do, to a range of returns of 1,000.
     """
     preset = PRESETS[task.preset]
-    fields: dict[str, Any] = {
-        "batch_size": preset.batch,
-        "gamma": preset.discount,
-        "tau": preset.target_update_rate,
-        "actor_learning_rate": preset.actor_learning_rate,
-        "critic_learning_rate": preset.critic_learning_rate,
-        **D3RLPY_ALGORITHMS[method],
-    }
+    fields: dict[str, Any] = {"batch_size": preset.batch, "gamma": preset.discount, **D3RLPY_ALGORITHMS[method]}
+    if method == "bc-all-steps":
+        fields["learning_rate"] = preset.actor_learning_rate
+    else:
+        fields |= {
+            "tau": preset.target_update_rate,
+            "actor_learning_rate": preset.actor_learning_rate,
+            "critic_learning_rate": preset.critic_learning_rate,
+        }
     return {
         "algorithm": method,
         "fields": fields,

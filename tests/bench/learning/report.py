@@ -24,7 +24,7 @@ _LABELS = {
     ("lom", "actor"): "lom",
     ("lom", "greedy_mode"): "lom greedy",
 }
-_ORDER = ("bc", "td3_bc", "iql", "cql", "awr", "onestep", "lom greedy", "lom")
+_ORDER = ("bc", "bc-all-steps", "td3_bc", "iql", "cql", "awr", "onestep", "lom greedy", "lom")
 _OURS = _ORDER[-2:]
 _GROUPS = {
     "generated": "Generated tasks",
