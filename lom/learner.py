@@ -376,9 +376,7 @@ class Learner:
         loss = losses.weighted_imitation_loss(actions, target, row_weights)
         self._descend("actor/loss", [loss], config.actor_learning_rate)
         self._latest |= {
-            "actor/inverse_temperature": lambda: (
-                torch.as_tensor(sharpness).expand(*self._axes, 1, 1).mean(dim=(-2, -1))
-            ),
+            "actor/inverse_temperature": lambda: sharpness[..., 0, 0],
             "actor/mean_weight": lambda: weights.mean(dim=(-2, -1)),
             "actor/clipped_weights": lambda: (weights >= ceiling).float().mean(dim=(-2, -1)),
             "actor/distance_to_mode_mean": lambda: (actions.detach() - mode_mean).norm(dim=-1).mean(dim=-1),
@@ -388,24 +386,25 @@ class Learner:
         }
 
     def _follow_spread(self, hyper_q: Tensor, mixture: Mixture) -> None:
-        """The prior's unit is an average over the last steps, so that it neither jumps nor lags behind hyper-Q."""
         scale = self._networks.policy.prior_scale
         if scale is not None:
             spread = hyper_spread(hyper_q, mixture.log_weights)
-            target = (self.config.mode_prior * spread)[..., None, None]
-            scale.lerp_(target, 1.0 / min(self.policy_steps_done + 1, _AVERAGED_STEPS))
+            self._follow(scale, (self.config.mode_prior * spread)[..., None, None])
 
     def _follow_advantages(self, advantages: Tensor) -> None:
-        followed = self._networks.mean_square_advantage
-        if followed is not None:
-            latest = advantages.square().mean(dim=(-2, -1), keepdim=True)
-            followed.lerp_(latest, 1.0 / min(self.policy_steps_done + 1, _AVERAGED_STEPS))
+        mean_square = self._networks.mean_square_advantage
+        if mean_square is not None:
+            self._follow(mean_square, advantages.square().mean(dim=(-2, -1), keepdim=True))
 
-    def _sharpness(self) -> Tensor | float:
+    def _follow(self, average: Tensor, latest: Tensor) -> None:
+        """Over the last steps: a unit must neither jump nor lag behind what it measures."""
+        average.lerp_(latest, 1.0 / min(self.policy_steps_done + 1, _AVERAGED_STEPS))
+
+    def _sharpness(self) -> Tensor:
         """β, or less where that would lead too far from the mode: float32[..., 1, 1]."""
         config, mean_square = self.config, self._networks.mean_square_advantage
         if mean_square is None:
-            return config.inverse_temperature
+            return torch.full_like(self._horizons, config.inverse_temperature)
         return losses.limited_inverse_temperature(
             config.inverse_temperature, config.max_drift, self._horizons, mean_square.sqrt()
         )
