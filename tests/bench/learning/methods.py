@@ -83,15 +83,15 @@ def d3rlpy_config(task: Task, method: str, budget: Budget, seed: int) -> dict[st
     its authors do, to a range of returns of 1,000.
     """
     preset = PRESETS[task.preset]
-    fields: dict[str, Any] = {"batch_size": preset.batch, "gamma": preset.discount, **D3RLPY_ALGORITHMS[method]}
     if method == "bc-all-steps":
-        fields["learning_rate"] = preset.actor_learning_rate
+        rates = {"learning_rate": preset.actor_learning_rate}
     else:
-        fields |= {
+        rates = {
             "tau": preset.target_update_rate,
             "actor_learning_rate": preset.actor_learning_rate,
             "critic_learning_rate": preset.critic_learning_rate,
         }
+    fields = {"batch_size": preset.batch, "gamma": preset.discount, **rates, **D3RLPY_ALGORITHMS[method]}
     return {
         "algorithm": method,
         "fields": fields,

@@ -2,7 +2,7 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -134,6 +134,10 @@ def _shown(score: Estimate, bold: bool) -> str:
     return f"**{text}**" if bold else text
 
 
+def _score_row(task: str, row: dict[str, Cell], columns: Sequence[str], bold: Collection[str] = ()) -> list[str]:
+    return [task, *(_shown(row[name].last_score, name in bold) if name in row else "" for name in columns)]
+
+
 def render(cells: Cells) -> str:
     """Markdown of every group that has results."""
     lines: list[str] = []
@@ -152,7 +156,7 @@ def _scores(cells: Cells) -> Iterator[str]:
     rows = []
     for task, row in cells.items():
         bold = leaders(row)
-        rows.append([task, *(_shown(row[name].last_score, name in bold) if name in row else "" for name in columns)])
+        rows.append(_score_row(task, row, columns, bold))
     shared = [name for name in columns if all(name in row for row in cells.values())]
     if len(cells) > 1:
         iqm = {name: estimate([row[name].last for row in cells.values()], interquartile_mean) for name in shared}
@@ -169,11 +173,7 @@ def _options(cells: Cells) -> Iterator[str]:
     columns = columns_of(cells)
     yield "LOM's defaults beside other settings of its options (`tests/bench/learning/methods.py`), scores as above:"
     yield ""
-    rows = [
-        [task, *(_shown(row[name].last_score, bold=False) if name in row else "" for name in columns)]
-        for task, row in cells.items()
-    ]
-    yield from _table(["task", *columns], rows)
+    yield from _table(["task", *columns], [_score_row(task, row, columns) for task, row in cells.items()])
 
 
 def _raw_and_best(cells: Cells) -> Iterator[str]:
