@@ -41,7 +41,8 @@ async def run_to_end(
             # of somebody else's may still have to wait for the end of a slice.
             with suppress(ProcessLookupError):  # it is over already
                 os.sched_setscheduler(child.pid, os.SCHED_IDLE, os.sched_param(0))
-        output, complaint = await asyncio.wait_for(child.communicate(), limit_s)
+        async with asyncio.timeout(limit_s):
+            output, complaint = await child.communicate()
     finally:
         if child.returncode is None:
             child.kill()

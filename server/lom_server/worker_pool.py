@@ -53,7 +53,8 @@ class WorkerProcess:
                 ended instead.
         """
         try:
-            return await asyncio.wait_for(self._channel.ask(command, **facts), limit_s)
+            async with asyncio.timeout(limit_s):
+                return await self._channel.ask(command, **facts)
         except TimeoutError:
             raise ControlError(
                 Reason.WARMUP_TIMEOUT, f"expected a worker that answers within {limit_s:g} s, got none"
@@ -64,7 +65,8 @@ class WorkerProcess:
         try:
             was_clean: bool = (await self.ask("drain", limit_s=limit_s))["was_clean"]
             self._channel.close()
-            await asyncio.wait_for(self.process.wait(), _ANSWER_LIMIT_S)
+            async with asyncio.timeout(_ANSWER_LIMIT_S):
+                await self.process.wait()
         except (ControlError, TimeoutError):
             was_clean = False
         await self.kill()

@@ -15,7 +15,7 @@ import pytest
 
 from lom_api.reasons import Reason
 from lom_server.config import ServerConfig
-from lom_server.control import ControlError
+from lom_server.control import ControlChannel, ControlError, Facts
 from lom_server.worker_pool import WorkerPool, WorkerProcess
 from tests.support.bundles import Flaws, write_test_bundle
 
@@ -145,6 +145,27 @@ async def test_one_that_does_not_answer_in_time_is_not_waited_for(tmp_path: Path
                 await worker.ask("measure", limit_s=0.1)
         finally:
             os.kill(worker.process.pid, signal.SIGCONT)
+
+
+async def test_who_is_cancelled_as_the_answer_comes_stops_asking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = asyncio.Event()
+
+    async def answer_when_told(*_: Any, **__: Any) -> Facts:
+        await answer.wait()
+        return {}
+
+    async with running_pool(tmp_path) as pool:
+        worker, _ = pool.workers
+        with monkeypatch.context() as patched:
+            patched.setattr(ControlChannel, "ask", answer_when_told)
+            asking = asyncio.create_task(worker.ask("measure", limit_s=PATIENCE_S))
+            await asyncio.sleep(0.01)
+            answer.set()
+            asking.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asking
 
 
 async def test_stopping_while_a_successor_starts_leaves_no_process(tmp_path: Path) -> None:

@@ -6,16 +6,13 @@ from pathlib import Path
 
 def children_of(pid: int) -> list[int]:
     """Processes that `pid` started and that it has not yet waited for."""
-    tasks = Path(f"/proc/{pid}/task")
-    return [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]
+    processes = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+    return [process for process in processes if _status(process)[1:2] == [str(pid)]]
 
 
 def is_running(pid: int) -> bool:
     """Whether `pid` exists and is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    return _status(pid)[:1] not in ([], ["Z"])
 
 
 def command_of(pid: int) -> str:
@@ -30,3 +27,11 @@ def policy_processes(pid: int | None = None) -> list[int]:
     """Children of `pid`, by default of this process, that ask policies for control loops."""
     children = children_of(os.getpid() if pid is None else pid)
     return [child for child in children if "lom_client.policy_process" in command_of(child) and is_running(child)]
+
+
+def _status(pid: int) -> list[str]:
+    """State, parent and what follows them in `/proc/PID/stat`; empty where `pid` has gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []

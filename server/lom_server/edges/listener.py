@@ -245,7 +245,8 @@ class Listener:
         is_clean = True
         if self._running:
             try:
-                await asyncio.wait_for(self._none_running.wait(), grace_s)
+                async with asyncio.timeout(grace_s):
+                    await self._none_running.wait()
             except TimeoutError:
                 is_clean = False
         if self._server is not None:
