@@ -66,6 +66,10 @@ class TrainConfig:
     """Actions of the chosen mode that each state is shown in an actor step. Above 1 the actor is fitted to their
     self-normalised weighted mean Σ w a / Σ w, the same optimum state by state (eq. 18) with less noise; costs that
     many critic evaluations."""
+    actor_form: Literal["direct", "residual"] = "direct"
+    """What the actor learns. direct: the action, as published; it needs neither mixture nor hyper-critic to act, and
+    goes between modes where the choice jumps. residual: by how much to deviate from the chosen mode's mean, at most
+    three of the mode's standard deviations; it jumps as the choice does, wrong choices included."""
     inverse_temperature: float = 5.0
     """β, multiplies the advantage in exp(β A). Higher imitates more sharply, and climbs errors of the critic."""
     max_imitation_weight: float = 50.0
@@ -214,9 +218,7 @@ class TrainConfig:
         if unknown:
             raise ValueError(f"training configuration: expected known fields, got {sorted(unknown)}")
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in document.items()}
-        for name in ("mode_prior", "max_drift"):  # a run from before they existed had none
-            values.setdefault(name, 0.0)
-        return cls(**values)
+        return cls(**{**AS_PUBLISHED, **values})  # a run from before an addition existed had none
 
 
 _CHOICES = {
@@ -224,6 +226,7 @@ _CHOICES = {
     "initial_means": ("data", "network"),
     "critic_reduction": ("mean", "min", "first"),
     "imitated_actions": ("samples", "data"),
+    "actor_form": ("direct", "residual"),
     "device": ("auto", "cpu", "cuda"),
     "advantage_baseline": ("mode_mean", "policy", "hyper"),
 }
@@ -234,16 +237,18 @@ def _require(holds: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
+AS_PUBLISHED: dict[str, Any] = {"mode_prior": 0.0, "max_drift": 0.0}
+"""Without what this project's defaults add to the published equations, whatever else is chosen."""
+
 _STANDARD = TrainConfig()
 
 _PAPER = replace(
     _STANDARD,
+    **AS_PUBLISHED,
     mixture_steps=200_000,
     steps=1_000_000,
     mixture_hidden=(512, 512),
     min_mixing_weight=0.0,
-    mode_prior=0.0,
-    max_drift=0.0,
     initial_means="network",
     log_std_min=-15.0,
     mixture_decay_share=0.0,

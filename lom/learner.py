@@ -351,15 +351,16 @@ class Learner:
         self._descend("hyper_critic/loss", pieces, self.config.hyper_learning_rate)
 
     def _actor_step(self) -> None:
-        config = self.config
+        config, policy = self.config, self._networks.policy
         batch = self._batch(config.batch)
-        actions = self.actor(batch.observations)
+        output = self.actor(batch.observations)
         with torch.no_grad():
             hyper_q = self.hyper_critic(batch.observations)
             self._follow_spread(hyper_q, batch.mixture)
             choice = self._choose(hyper_q, batch.mixture)
             mode_mean = gather_component(batch.mixture.means, choice.mode)
             mode_log_std = gather_component(batch.mixture.log_stds, choice.mode)
+            actions = policy.actor_action(output, mode_mean, mode_log_std)
             imitated = self._imitated_actions(mode_mean, mode_log_std, batch.actions)
             advantages = self._advantages(batch.observations, imitated, mode_mean, actions)
             self._follow_advantages(advantages)
@@ -373,13 +374,14 @@ class Learner:
             if config.imitated_actions == "data":
                 brought_forth = batch.mixture.responsibilities(batch.actions)
                 row_weights = row_weights * brought_forth.gather(-1, choice.mode.unsqueeze(-1)).squeeze(-1)
-        loss = losses.weighted_imitation_loss(actions, target, row_weights)
+            target = policy.actor_output(target, mode_mean, mode_log_std)
+        loss = losses.weighted_imitation_loss(output, target, row_weights)
         self._descend("actor/loss", [loss], config.actor_learning_rate)
         self._latest |= {
             "actor/inverse_temperature": lambda: sharpness[..., 0, 0],
             "actor/mean_weight": lambda: weights.mean(dim=(-2, -1)),
             "actor/clipped_weights": lambda: (weights >= ceiling).float().mean(dim=(-2, -1)),
-            "actor/distance_to_mode_mean": lambda: (actions.detach() - mode_mean).norm(dim=-1).mean(dim=-1),
+            "actor/distance_to_mode_mean": lambda: (actions - mode_mean).norm(dim=-1).mean(dim=-1),
             "hyper_critic/mean_q": lambda: hyper_q.mean(dim=(-2, -1)),
             "hyper_critic/margin": lambda: torch.nanmean(choice.margin, dim=-1).nan_to_num(0.0),
             "hyper_critic/mask_overruled": lambda: choice.overruled.float().mean(dim=-1),
@@ -565,7 +567,7 @@ class Learner:
         if self.policy_steps_done > 0:
             choice = self._choose(policy.hyper_critic(observations), mixture)
             mode_mean, mode_log_std = (gather_component(p, choice.mode) for p in (mixture.means, mixture.log_stds))
-            actions = policy.actor(observations)
+            actions = policy.actor_action(policy.actor(observations), mode_mean, mode_log_std)
             imitated = self._imitated_actions(mode_mean, mode_log_std, data_actions)
             weights = losses.imitation_weights(
                 self._advantages(observations, imitated, mode_mean, actions),

@@ -205,7 +205,7 @@ class OneHotHyperCritic(nn.Module):
 
 
 class Actor(nn.Module):
-    """A deterministic policy π(s) in [-1, 1]^A: the weighted-imitation actor, and behaviour cloning."""
+    """A deterministic function into [-1, 1]^A: the weighted-imitation actor, and behaviour cloning."""
 
     def __init__(self, observation_dim: int, action_dim: int, hidden: Sequence[int]) -> None:
         super().__init__()
@@ -214,3 +214,10 @@ class Actor(nn.Module):
     def forward(self, observations: Tensor) -> Tensor:
         """float32[..., B, O] -> float32[..., B, A]."""
         return torch.tanh(self.body(observations))
+
+    def start_at_zero(self) -> None:
+        """Makes it answer 0 everywhere until it has learned."""
+        last = self.body[-1]
+        assert isinstance(last, Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)

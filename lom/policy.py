@@ -15,12 +15,15 @@ _LEAST_LOG_WEIGHT = -80.0
 
 VARIANTS = ("greedy_mode", "actor", "bc")
 
+_REACH = 3.0
+"""How far a residual actor may deviate from the mode's mean, in the mode's standard deviations."""
+
 
 class LomPolicy(nn.Module):
     """Normaliser, mixture, hyper-critic, actor and behaviour cloning; three ways to act, called variants.
 
     greedy_mode: the mean of the component with the highest hyper-Q among the supported ones.
-    actor: weighted imitation of that component's actions.
+    actor: weighted imitation of that component's actions, as a deviation from its mean or by a network of its own.
     bc: behaviour cloning of the whole dataset, for comparison.
     """
 
@@ -40,6 +43,9 @@ class LomPolicy(nn.Module):
         head = HyperCritic if config.hyper_head == "components" else OneHotHyperCritic
         self.hyper_critic = head(observation_dim, config.num_components, config.hidden)
         self.actor = Actor(observation_dim, action_dim, config.hidden)
+        self.is_residual = config.actor_form == "residual"
+        if self.is_residual:
+            self.actor.start_at_zero()
         self.bc = Actor(observation_dim, action_dim, config.hidden)
 
     def behaviour(self, observations: Tensor) -> Mixture:
@@ -63,6 +69,31 @@ class LomPolicy(nn.Module):
     def choose(self, hyper_q: Tensor, log_weights: Tensor) -> ModeChoice:
         """The greedy hyper-policy's choice: the preferred one of the supported components. Shapes as above."""
         return select_mode(self.preference(hyper_q, log_weights), log_weights.exp(), self.min_mixing_weight)
+
+    def actor_action(self, output: Tensor, mode_mean: Tensor, mode_log_std: Tensor) -> Tensor:
+        """The unit action that the actor's output means, at the chosen mode: all float32[..., A]."""
+        if not self.is_residual:
+            return output
+        return (mode_mean + _REACH * output * mode_log_std.exp()).clamp(-1.0, 1.0)
+
+    def actor_output(self, action: Tensor, mode_mean: Tensor, mode_log_std: Tensor) -> Tensor:
+        """The output that means a unit action, or the nearest within reach: all float32[..., A]."""
+        if not self.is_residual:
+            return action
+        return ((action - mode_mean) / (_REACH * mode_log_std.exp())).clamp(-1.0, 1.0)
+
+    def chooses_mode(self, variant: str) -> bool:
+        """Whether the variant acts by a component, which it then names."""
+        return variant == "greedy_mode" or (variant == "actor" and self.is_residual)
+
+    def by_mode(
+        self, variant: str, observations: Tensor, forced_mode: Tensor | None = None, noise: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """`greedy_mode`, or the residual actor: the same choice, and the mean plus the learned deviation."""
+        if variant == "actor":
+            deviation = _REACH * self.actor(self.normaliser(observations))
+            noise = deviation if noise is None else deviation + noise
+        return self.greedy_mode(observations, forced_mode, noise)
 
     def greedy_mode(
         self, observations: Tensor, forced_mode: Tensor | None = None, noise: Tensor | None = None
@@ -106,9 +137,9 @@ class LomPolicy(nn.Module):
         Raises:
             ValueError: an unknown variant.
         """
-        if variant == "greedy_mode":
-            return self.greedy_mode(observations)
         if variant not in VARIANTS:
             raise ValueError(f"variant: expected one of {VARIANTS}, got {variant!r}")
+        if self.chooses_mode(variant):
+            return self.by_mode(variant, observations)
         network = self.actor if variant == "actor" else self.bc
         return {"action": self.action_scaler.from_unit(network(self.normaliser(observations)))}

@@ -75,7 +75,8 @@ SIGNATURES = (
         metric="signs/actor_disagreement",
         limit=0.1,
         advice="the actor does something else than the modes it imitates, often between two of them: act by "
-        "greedy_mode, train longer, lower max_drift, or set imitation_samples=8, averaging_steps and decay_share",
+        "greedy_mode or set actor_form=residual, train longer, lower max_drift, or set imitation_samples=8, "
+        "averaging_steps and decay_share",
     ),
 )
 

@@ -48,7 +48,7 @@ class PolicyGraph(nn.Module):
         self.variant = variant
         self.state_score = state_score
         self.explain = explain
-        outputs = _CHOICE if variant == EXPLAINED_VARIANT else ("action",)
+        outputs = _CHOICE if policy.chooses_mode(variant) else ("action",)
         scores = () if state_score is None else (STATE_SCORE, ACTION_SCORE)
         self.input_names = (OBSERVATION, FORCED_MODE, NOISE) if explain else (OBSERVATION,)
         self.output_names = (*outputs, *scores, *(_DIAGNOSTICS if explain else ()))
@@ -57,8 +57,8 @@ class PolicyGraph(nn.Module):
         self, observation: Tensor, forced_mode: Tensor | None = None, noise: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """Outputs in the order of `output_names`; shapes as `LomPolicy.greedy_mode`, scores float32[B]."""
-        if self.variant == EXPLAINED_VARIANT:
-            outputs = self.policy.greedy_mode(observation, forced_mode, noise)
+        if self.policy.chooses_mode(self.variant):
+            outputs = self.policy.by_mode(self.variant, observation, forced_mode, noise)
             behaviour = Mixture(
                 log_weights=outputs["mixing_weights"].clamp(min=_SMALLEST_WEIGHT).log(),
                 means=outputs["component_means"],

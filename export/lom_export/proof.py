@@ -100,8 +100,8 @@ def golden_arrays(
     explained = answers(explain, {**golden, **free_choice(len(observations), explain.policy)})
     on_edge = np.abs(explained["mixing_weights"] - explain.policy.min_mixing_weight) < _MASK_EDGE
     golden |= {f"{explain.variant}.{name}": array for name, array in explained.items()}
-    margin = f"{explain.variant}.margin"
-    golden[margin] = np.where(on_edge.any(axis=1), np.float32(0.0), golden[margin])
+    for margin in [name for name in golden if name.endswith(".margin")]:
+        golden[margin] = np.where(on_edge.any(axis=1), np.float32(0.0), golden[margin])
     return golden
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from lom.config import PRESETS
+from lom.config import AS_PUBLISHED, PRESETS
 
-STUDIED = replace(PRESETS["small"], mode_prior=0.0, max_drift=0.0)
+STUDIED = replace(PRESETS["small"], **AS_PUBLISHED)
 """What every study starts from. Exact answers know neither a prior on modes nor a limit of the tilt."""
 
 Result = Any

@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from lom.config import PRESETS
+from lom.config import AS_PUBLISHED, PRESETS
 from lom.dataset import Transitions
 from lom.learner import Learner, chosen_device
 from lom.networks import OneHotHyperCritic
@@ -257,7 +257,7 @@ def second_stage(learner: Learner) -> Callable[[], object]:
 
 def groups(device_name: Literal["auto", "cpu", "cuda"]) -> list[list[Variant]]:
     """Variants that are compared with each other, the reference first."""
-    config = replace(PRESETS["standard"], mode_prior=0.0, max_drift=0.0, steps=10**9, device=device_name)
+    config = replace(PRESETS["standard"], **AS_PUBLISHED, steps=10**9, device=device_name)
     low, high = -torch.ones(ACTION_DIM), torch.ones(ACTION_DIM)
     large = random_transitions(ROWS, OBSERVATION_DIM, ACTION_DIM)
     exact = Learner(large, replace(config, hyper_head="one_hot"), low, high)

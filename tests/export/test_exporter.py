@@ -55,9 +55,18 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return Exported(folder / "Run 1", policy, read_bundle(folder / "bundle"), folder / "bundle")
 
 
-@pytest.mark.parametrize(("head", "components"), [("components", 1), ("components", 7), ("one_hot", 4)])
-def test_graphs_answer_as_torch_at_every_batch_size(tmp_path: Path, components: int, head: str) -> None:
-    config = replace(CONFIG, num_components=components, hyper_head=head)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"num_components": 1},
+        {"num_components": 7},
+        {"hyper_head": "one_hot"},
+        {"actor_form": "residual"},
+    ],
+    ids=str,
+)
+def test_graphs_answer_as_torch_at_every_batch_size(tmp_path: Path, choices: dict[str, Any]) -> None:
+    config = replace(CONFIG, **choices)
     policy = save_untrained_run(tmp_path / "run", config=config, action_low=LOW, action_high=HIGH)
     export_run(ExportConfig(run=tmp_path / "run", out=tmp_path / "bundle"))
     bundle = read_bundle(tmp_path / "bundle")
@@ -71,7 +80,7 @@ def test_graphs_answer_as_torch_at_every_batch_size(tmp_path: Path, components: 
                 expected = policy(torch.from_numpy(observations), variant)
             got = dict(zip(names, session.run(list(names), {"observation": observations}), strict=True))
             clear = np.ones(rows, bool)
-            if variant == "greedy_mode":
+            if policy.chooses_mode(variant):
                 on_edge = (np.abs(expected["mixing_weights"].numpy() - policy.min_mixing_weight) < 1e-5).any(axis=1)
                 clear = ~(expected["margin"].numpy() < 1e-4) & ~on_edge
                 assert (got["mode"] == expected["mode"].numpy())[clear].all()
@@ -81,6 +90,18 @@ def test_graphs_answer_as_torch_at_every_batch_size(tmp_path: Path, components: 
             assert clear.mean() > 0.9
             assert np.isfinite(got["state_score"]).all()
             assert np.isfinite(got["action_score"]).all()
+
+
+def test_a_residual_actor_names_its_mode_and_ties_are_known(tmp_path: Path) -> None:
+    config = replace(CONFIG, actor_form="residual")
+    save_untrained_run(tmp_path / "run", config=config, action_low=LOW, action_high=HIGH)
+    export_run(ExportConfig(run=tmp_path / "run", out=tmp_path / "bundle", precision="fp16"))
+    bundle = read_bundle(tmp_path / "bundle")
+    golden = bundle.golden
+    assert bundle.manifest.variants["actor"].outputs[:3] == ("action", "mode", "margin")
+    for name in ("mode", "margin"):
+        np.testing.assert_array_equal(golden[f"actor.{name}"], golden[f"greedy_mode.{name}"])
+    assert np.abs(golden["actor.action"] - golden["greedy_mode.action"]).max() > 0.05
 
 
 def test_a_forced_mode_gives_that_components_mean_and_noise_its_spread(exported: Exported) -> None:

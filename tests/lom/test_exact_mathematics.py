@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lom.config import PRESETS
+from lom.config import AS_PUBLISHED, PRESETS
 from lom.learner import Learner
 from tests.bench.training import NaivePolicyStage, random_transitions
 
@@ -20,8 +20,7 @@ SMALL = replace(
     mixture_hidden=(32,),
     num_components=5,
     hyper_batch=64,
-    mode_prior=0.0,  # the equations know neither
-    max_drift=0.0,
+    **AS_PUBLISHED,
 )
 
 

@@ -283,6 +283,43 @@ def test_weights_lead_no_farther_than_the_drift(
     assert learner.metrics()["actor/inverse_temperature"] == pytest.approx(expected, rel=1e-3)
 
 
+def residual_learner(**choices: Any) -> Learner:
+    """Modes as wide as they can be, σ = 1, and an actor that answers 1/8: three eighths above the second mode, 1/4."""
+    learner = learner_of(replace(TINY, actor_form="residual", **choices), data_action=0.3)
+    with torch.no_grad():
+        learner.policy.mixture.raw_log_stds.bias.fill_(20.0)
+    return learner
+
+
+def test_a_residual_actor_learns_how_far_to_deviate_from_the_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = residual_learner(imitated_actions="data", advantage_baseline="policy", critic_learning_rate=1e-9)
+    fitted, weighted = calls_of(monkeypatch, "weighted_imitation_loss"), calls_of(monkeypatch, "imitation_weights")
+    step(learner)
+    output, target, _ = fitted[0]
+    assert output.detach().numpy() == pytest.approx(0.125, abs=1e-4)
+    assert target.numpy() == pytest.approx((0.3 - 0.25) / 3.0, abs=1e-4)
+    assert weighted[0][0].numpy() == pytest.approx(2.0 * (0.3 - 0.625), abs=1e-3)  # against its own action
+
+
+@pytest.mark.parametrize(("output", "forced_mode", "action"), [(0.125, -1, 0.625), (0.9, -1, 1.0), (0.125, 0, -0.125)])
+def test_a_residual_actor_deviates_from_the_mode_that_acts(output: float, forced_mode: int, action: float) -> None:
+    policy = residual_learner().policy
+    set_output(policy.actor, [math.atanh(output)])
+    rows = torch.zeros(1, 1)
+    acted = policy.by_mode("actor", rows, torch.tensor([forced_mode], dtype=torch.int32))
+    assert acted["action"].item() == pytest.approx(action, abs=1e-4)
+    assert policy(rows, "actor")["mode"].item() == 1
+    assert policy(rows, "greedy_mode")["action"].item() == pytest.approx(0.25, abs=1e-4)
+
+
+def test_a_residual_actor_begins_at_the_mode() -> None:
+    zeros = np.zeros((6, 1))
+    data = transitions_of(zeros, zeros, np.ones(6), zeros, zeros)
+    policy = Learner(data, replace(TINY, actor_form="residual"), -torch.ones(1), torch.ones(1)).policy
+    rows = torch.linspace(-1.0, 1.0, 5).unsqueeze(1)
+    assert torch.equal(policy(rows, "actor")["action"], policy(rows, "greedy_mode")["action"])
+
+
 def test_many_samples_reach_the_closed_form_too() -> None:
     config = replace(
         PRESETS["small"], mixture_steps=400, steps=800, num_components=4, imitation_samples=8, averaging_steps=200

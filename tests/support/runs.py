@@ -57,6 +57,8 @@ def save_untrained_run(
         with torch.no_grad():
             policy.mixture.mixing_logits.weight.mul_(20)
             policy.mixture.raw_means.weight.mul_(5)
+            if policy.is_residual:  # it would answer 0
+                policy.actor.load_state_dict(policy.bc.state_dict())
     policy.normaliser.fit(torch.from_numpy(observations))
     tensors = {f"policy.{name}": tensor for name, tensor in policy.state_dict().items()}
     tensors["steps_done"] = torch.tensor(steps_done or (config.mixture_steps, config.steps))

@@ -4,17 +4,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lom.config import PRESETS, TrainConfig
+from lom.config import AS_PUBLISHED, PRESETS, TrainConfig
 from tests.bench.learning.tasks import Task
 
 LOM_OPTIONS: dict[str, dict[str, Any]] = {
     "lom": {},
     "onestep": {"num_components": 1, "min_mixing_weight": 0.05, "max_drift": 0.0},
     "awr": {"num_components": 1, "min_mixing_weight": 0.05, "imitated_actions": "data", "max_drift": 0.0},
-    "lom-hyper8": {"advantage_baseline": "hyper", "imitation_samples": 8},
-    "lom-no-prior": {"mode_prior": 0.0, "max_drift": 0.0},
+    "lom-residual": {"actor_form": "residual"},
+    "lom-no-prior": AS_PUBLISHED,
     "lom-mask-0.05": {"min_mixing_weight": 0.05},
     "lom-no-limit": {"min_mixing_weight": 0.05, "max_drift": 0.0},
+    "lom-hyper8": {"advantage_baseline": "hyper", "imitation_samples": 8},
     "lom-data": {"imitated_actions": "data"},
     "lom-n-step": {"n_step": 50},
     "lom-no-mask": {"min_mixing_weight": 0.0},
