@@ -25,11 +25,11 @@ class TrainConfig:
     """Components below this mixing weight are never chosen; capped at 0.5/M. None goes by the data, as a weight needs
     rows to stand on: 0.05 for fewer than 50,000, and 0.001 from there on, or a good policy is never joined where a bad
     one left most of the rows. 0 turns the mask off (not advised)."""
-    mode_prior: float = 0.5
-    """How much better than a likelier component a rarer one must be to be chosen: the choice is argmax of hyper-Q +
-    `mode_prior` times its own spread (root mean square of the advantage of a component over the behaviour) times log α.
-    Keeps the choice from following hyper-Q's noise away from the data. 0 ignores likelihood, as published; 1 misses
-    good modes that are rare."""
+    max_surprise: float = 10.0
+    """How much less likely than the behaviour's likeliest mode the chosen ones may be, in nats, summed over the horizon
+    H (as in `max_drift`) and averaged over the data: what a mode lacks has a price in hyper-Q's unit, and the price is
+    followed so that no more is spent. A gain that is real once need not be one in every step: the states are then no
+    longer those of the data. 0 is no limit, as published."""
     hidden: tuple[int, ...] = (256, 256)
     """Widths of critics, hyper-critic, actor and behaviour cloning."""
     mixture_hidden: tuple[int, ...] = (256, 256)
@@ -147,7 +147,7 @@ class TrainConfig:
             "imitation_noise_std",
             "target_noise_std",
             "inverse_temperature",
-            "mode_prior",
+            "max_surprise",
             "max_drift",
         ):
             value = getattr(self, name)
@@ -237,7 +237,7 @@ def _require(holds: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
-AS_PUBLISHED: dict[str, Any] = {"mode_prior": 0.0, "max_drift": 0.0}
+AS_PUBLISHED: dict[str, Any] = {"max_surprise": 0.0, "max_drift": 0.0}
 """Without what this project's defaults add to the published equations, whatever else is chosen."""
 
 _STANDARD = TrainConfig()

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lom import losses, signatures
 from lom.config import TrainConfig
 from lom.dataset import DatasetError, Transitions
-from lom.mode_selection import ModeChoice, gather_component, hyper_spread
+from lom.mode_selection import gather_component, hyper_spread
 from lom.networks import Critic, Mixture, stacked
 from lom.policy import LomPolicy
 from lom.returns import mean_horizon, multi_step
@@ -41,6 +41,8 @@ _MEANS_SEEDING_ROWS = 4096
 _CACHE_CHUNK_ROWS = 8192
 _SIGN_ROWS = 2048
 _AVERAGED_STEPS = 100
+_PRICE_RATE = 0.01
+_LEAST_PRICE = 0.5  # of hyper-Q's spread per nat
 _CACHE_FLOATS = 1 << 19
 _NOT_NETWORKS = ("optimiser", "generator", "steps_done")
 
@@ -138,6 +140,7 @@ class _Batch(NamedTuple):
     observations: Tensor
     actions: Tensor
     mixture: Mixture
+    surprise: Tensor | None
 
 
 class Learner:
@@ -222,7 +225,7 @@ class Learner:
             self.greedy_critic = self._networks.greedy_critic
             self.target_greedy_critic = self._networks.target_greedy_critic
             self._optimisers["greedy_critic"] = adam(self.greedy_critic, config.critic_learning_rate)
-        self._mixture_cache: Mixture | None = None
+        self._mixture_cache: tuple[Tensor, ...] = ()
         self._latest: dict[str, Callable[[], Tensor]] = {}
         self._decay = 1.0
 
@@ -314,7 +317,8 @@ class Learner:
         """One sample of the mode that the greedy hyper-policy chooses at s', clipped as every sample."""
         observations = _taken(self._rows.next_observations, rows)
         mixture: Mixture = self._networks.policy.mixture(observations)
-        choice = self._choose(self.hyper_critic(observations), mixture)
+        hyper_q, policy = self.hyper_critic(observations), self._networks.policy
+        choice = policy.choose(hyper_q, mixture.log_weights.exp(), policy.surprise(mixture))
         return self._sample_components(
             gather_component(mixture.means, choice.mode), gather_component(mixture.log_stds, choice.mode)
         )
@@ -356,8 +360,10 @@ class Learner:
         output = self.actor(batch.observations)
         with torch.no_grad():
             hyper_q = self.hyper_critic(batch.observations)
-            self._follow_spread(hyper_q, batch.mixture)
-            choice = self._choose(hyper_q, batch.mixture)
+            choice = policy.choose(hyper_q, batch.mixture.log_weights.exp(), batch.surprise)
+            if batch.surprise is not None:
+                spread = hyper_spread(hyper_q, batch.mixture.log_weights)
+                self._follow_surprise(gather_component(batch.surprise.unsqueeze(-1), choice.mode), spread)
             mode_mean = gather_component(batch.mixture.means, choice.mode)
             mode_log_std = gather_component(batch.mixture.log_stds, choice.mode)
             actions = policy.actor_action(output, mode_mean, mode_log_std)
@@ -387,11 +393,15 @@ class Learner:
             "hyper_critic/mask_overruled": lambda: choice.overruled.float().mean(dim=-1),
         }
 
-    def _follow_spread(self, hyper_q: Tensor, mixture: Mixture) -> None:
-        scale = self._networks.policy.prior_scale
-        if scale is not None:
-            spread = hyper_spread(hyper_q, mixture.log_weights)
-            self._follow(scale, (self.config.mode_prior * spread)[..., None, None])
+    def _follow_surprise(self, surprise: Tensor, spread: Tensor) -> None:
+        """Moves the price of surprise by a little: up where the chosen modes, float32[..., B, 1], spend more than they
+        may over the horizon, down where less. It is not below what hyper-Q's noise asks for, which its spread tells."""
+        price = self._networks.policy.surprise_price
+        assert price is not None
+        least = _LEAST_PRICE * spread[..., None, None]
+        spent = surprise.mean(dim=(-2, -1), keepdim=True) * self._horizons / self.config.max_surprise
+        change = torch.where(price < least, 1.0, (spent - 1.0).clamp(max=1.0))
+        price.copy_(torch.where(price == 0.0, least, price * torch.exp(_PRICE_RATE * change)))
 
     def _follow_advantages(self, advantages: Tensor) -> None:
         mean_square = self._networks.mean_square_advantage
@@ -410,9 +420,6 @@ class Learner:
         return losses.limited_inverse_temperature(
             config.inverse_temperature, config.max_drift, self._horizons, mean_square.sqrt()
         )
-
-    def _choose(self, hyper_q: Tensor, mixture: Mixture) -> ModeChoice:
-        return self._networks.policy.choose(hyper_q, mixture.log_weights)
 
     def _imitated_actions(self, mode_mean: Tensor, mode_log_std: Tensor, data_actions: Tensor) -> Tensor:
         """Actions of the chosen mode, or those of the data, float32[..., B, n, A]."""
@@ -477,29 +484,32 @@ class Learner:
 
     @torch.no_grad()
     def _batch(self, count: int) -> _Batch:
-        """Observations with the frozen mixture's parameters there, from the cache where the dataset fits in it."""
+        """Observations with what the frozen mixture says there, from the cache where the dataset fits in it."""
         rows = self._sample(self._all_rows, count)
         observations, actions = _taken(self._rows.observations, rows), _taken(self._rows.actions, rows)
-        config, (total, action_dim) = self.config, self._rows.actions.shape
-        cache_bytes = 4 * total * config.num_components * (2 * action_dim + 1)
-        if self._mixture_cache is None and cache_bytes <= config.mixture_cache_bytes:
+        config, policy, (total, action_dim) = self.config, self._networks.policy, self._rows.actions.shape
+        cache_bytes = 4 * total * config.num_components * (2 * action_dim + 1 + (policy.surprise_price is not None))
+        if not self._mixture_cache and cache_bytes <= config.mixture_cache_bytes:
             self._mixture_cache = self._computed_mixture()
-        if self._mixture_cache is None:
-            return _Batch(observations, actions, self._networks.policy.mixture(observations))
-        return _Batch(observations, actions, Mixture(*(_taken(part, rows) for part in self._mixture_cache)))
+        if not self._mixture_cache:
+            mixture: Mixture = policy.mixture(observations)
+            return _Batch(observations, actions, mixture, policy.surprise(mixture))
+        parts = [_taken(part, rows) for part in self._mixture_cache]
+        return _Batch(observations, actions, Mixture(*parts[:3]), parts[3] if len(parts) > 3 else None)
 
-    def _computed_mixture(self) -> Mixture:
-        """At every row, filled in place: joining chunks would hold it twice."""
-        whole: Mixture | None = None
+    def _computed_mixture(self) -> tuple[Tensor, ...]:
+        """Mixture and surprise at every row, filled in place: joining chunks would hold them twice."""
+        whole: tuple[Tensor, ...] = ()
         ends = torch.tensor(self._all_rows.sizes).cumsum(0).tolist()
         for policy, start, end in zip(self.policies, [0, *ends], ends, strict=False):
             for first in range(start, end, _CACHE_CHUNK_ROWS):
                 rows = slice(first, min(first + _CACHE_CHUNK_ROWS, end))
-                chunk: Mixture = policy.mixture(self._rows.observations[rows])
-                whole = whole or Mixture(*(part.new_empty(ends[-1], *part.shape[1:]) for part in chunk))
+                mixture: Mixture = policy.mixture(self._rows.observations[rows])
+                surprise = policy.surprise(mixture)
+                chunk = tuple(mixture) if surprise is None else (*mixture, surprise)
+                whole = whole or tuple(part.new_empty(ends[-1], *part.shape[1:]) for part in chunk)
                 for part, part_of_chunk in zip(whole, chunk, strict=True):
                     part[rows] = part_of_chunk
-        assert whole is not None
         return whole
 
     def _descend(self, metric: str, pieces: Iterable[Tensor], learning_rate: float) -> None:
@@ -565,7 +575,8 @@ class Learner:
             for of_run, actions, generator in zip(mixtures, self._by_run(data_actions), self._generators, strict=True)
         ]
         if self.policy_steps_done > 0:
-            choice = self._choose(policy.hyper_critic(observations), mixture)
+            hyper_q = policy.hyper_critic(observations)
+            choice = policy.choose(hyper_q, mixture.log_weights.exp(), policy.surprise(mixture))
             mode_mean, mode_log_std = (gather_component(p, choice.mode) for p in (mixture.means, mixture.log_stds))
             actions = policy.actor_action(policy.actor(observations), mode_mean, mode_log_std)
             imitated = self._imitated_actions(mode_mean, mode_log_std, data_actions)
@@ -642,4 +653,4 @@ class Learner:
                     moments.setdefault(int(index), {})[moment] = whole
             optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
         ((self.mixture_steps_done, self.policy_steps_done),) = steps_done
-        self._mixture_cache = None
+        self._mixture_cache = ()

@@ -10,9 +10,6 @@ from lom.mode_selection import ModeChoice, gather_component, select_mode
 from lom.networks import Actor, BehaviourMixture, HyperCritic, Mixture, OneHotHyperCritic
 from lom.scaling import ActionScaler, ObservationNormaliser
 
-# What weighs less is never chosen. Its logarithm may be infinite in half precision, and 0 times that is no number.
-_LEAST_LOG_WEIGHT = -80.0
-
 VARIANTS = ("greedy_mode", "actor", "bc")
 
 _REACH = 3.0
@@ -32,9 +29,9 @@ class LomPolicy(nn.Module):
         action_dim = action_low.numel()
         self.observation_dim = observation_dim
         self.min_mixing_weight = config.effective_min_mixing_weight
-        self.prior_scale: Tensor | None
-        # Learned beside hyper-Q, whose units it has; absent without a prior, so that such runs are what they were.
-        self.register_buffer("prior_scale", torch.zeros(1, 1) if config.mode_prior > 0 else None)
+        self.surprise_price: Tensor | None
+        # Learned beside hyper-Q, in whose unit a nat is paid; absent without a limit, so that such runs are as before.
+        self.register_buffer("surprise_price", torch.zeros(1, 1) if config.max_surprise > 0 else None)
         self.normaliser = ObservationNormaliser(observation_dim)
         self.action_scaler = ActionScaler(action_low, action_high)
         self.mixture = BehaviourMixture(
@@ -50,25 +47,30 @@ class LomPolicy(nn.Module):
 
     def behaviour(self, observations: Tensor) -> Mixture:
         """The behaviour mixture in environment units: float32[B, O] -> parameters of B mixtures."""
-        mixture: Mixture = self.mixture(self.normaliser(observations))
+        return self._in_environment_units(self.mixture(self.normaliser(observations)))
+
+    def _in_environment_units(self, mixture: Mixture) -> Mixture:
         return Mixture(
             log_weights=mixture.log_weights,
             means=self.action_scaler.from_unit(mixture.means),
             log_stds=mixture.log_stds + self.action_scaler.log_half_range,
         )
 
-    def preference(self, hyper_q: Tensor, log_weights: Tensor) -> Tensor:
-        """Q_H(s, k) + λ' log α_k(s), by which modes are chosen; λ' is `mode_prior` in units of hyper-Q's own spread.
+    def surprise(self, mixture: Mixture) -> Tensor | None:
+        """What acting by each mode would cost, float32[..., B, M] in nats, of a mixture in unit actions; None where it
+        costs nothing."""
+        return None if self.surprise_price is None else mixture.surprise()
 
-        Shapes: hyper_q and log_weights float32[..., B, M] -> [..., B, M].
-        """
-        if self.prior_scale is None:
+    def preference(self, hyper_q: Tensor, surprise: Tensor | None) -> Tensor:
+        """Q_H(s, k) less the price of k's surprise, by which modes are chosen: float32[..., B, M]."""
+        if surprise is None:
             return hyper_q
-        return hyper_q + self.prior_scale * log_weights.clamp(min=_LEAST_LOG_WEIGHT)
+        assert self.surprise_price is not None
+        return hyper_q - self.surprise_price * surprise
 
-    def choose(self, hyper_q: Tensor, log_weights: Tensor) -> ModeChoice:
-        """The greedy hyper-policy's choice: the preferred one of the supported components. Shapes as above."""
-        return select_mode(self.preference(hyper_q, log_weights), log_weights.exp(), self.min_mixing_weight)
+    def choose(self, hyper_q: Tensor, mixing_weights: Tensor, surprise: Tensor | None) -> ModeChoice:
+        """The greedy hyper-policy's choice: the preferred one of the supported components; all float32[..., B, M]."""
+        return select_mode(self.preference(hyper_q, surprise), mixing_weights, self.min_mixing_weight)
 
     def actor_action(self, output: Tensor, mode_mean: Tensor, mode_log_std: Tensor) -> Tensor:
         """The unit action that the actor's output means, at the chosen mode: all float32[..., A]."""
@@ -108,12 +110,14 @@ class LomPolicy(nn.Module):
 
         Returns:
             action float32[B, A]; mode int32[B], the component that acted; margin float32[B], of the free choice;
-            hyper_q float32[B, M], as it is chosen by: with the prior; mixing_weights float32[B, M]; component_means and
-            component_log_stds float32[B, M, A].
+            hyper_q float32[B, M], as it is chosen by: less the price of surprise; mixing_weights float32[B, M];
+            component_means and component_log_stds float32[B, M, A].
             Action, means and standard deviations are in environment units.
         """
-        behaviour = self.behaviour(observations)
-        hyper_q = self.preference(self.hyper_critic(self.normaliser(observations)), behaviour.log_weights)
+        normalised = self.normaliser(observations)
+        mixture = self.mixture(normalised)
+        hyper_q = self.preference(self.hyper_critic(normalised), self.surprise(mixture))
+        behaviour = self._in_environment_units(mixture)
         mixing_weights = behaviour.log_weights.exp()
         choice = select_mode(hyper_q, mixing_weights, self.min_mixing_weight)
         mode = choice.mode if forced_mode is None else torch.where(forced_mode >= 0, forced_mode.long(), choice.mode)

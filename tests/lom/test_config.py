@@ -56,8 +56,8 @@ def test_the_digest_changes_with_any_field() -> None:
     assert TrainConfig().digest != TrainConfig(seed=1).digest
 
 
-def test_a_run_from_before_there_was_a_prior_has_none() -> None:
-    document = asdict(TrainConfig(mode_prior=0.7))
-    assert TrainConfig.from_json(document).mode_prior == 0.7
-    del document["mode_prior"]
-    assert TrainConfig.from_json(document).mode_prior == 0.0
+def test_a_run_from_before_there_was_a_limit_has_none() -> None:
+    document = asdict(TrainConfig(max_surprise=0.7))
+    assert TrainConfig.from_json(document).max_surprise == 0.7
+    del document["max_surprise"]
+    assert TrainConfig.from_json(document).max_surprise == 0.0

@@ -74,6 +74,37 @@ def test_log_prob_of_a_mixture_by_hand() -> None:
     assert mixture.log_prob(torch.tensor([[0.1]])).item() == pytest.approx(math.log(expected), rel=1e-5)
 
 
+def mixture_of(weights: list[float], means: list[list[float]], stds: list[list[float]]) -> Mixture:
+    return Mixture(
+        log_weights=torch.tensor([weights]).log(),
+        means=torch.tensor([means]),
+        log_stds=torch.tensor([stds]).clamp(min=1e-9).log(),
+    )
+
+
+def test_a_mode_apart_lacks_what_its_weight_lacks() -> None:
+    surprise = mixture_of([0.9, 0.1], [[-0.5, 0.5], [0.5, 0.5]], [[0.01, 0.01], [0.01, 0.01]]).surprise()
+    assert surprise.tolist() == [pytest.approx([0.0, math.log(9.0)], abs=1e-4)]
+
+
+def test_modes_that_overlap_vouch_for_each_other() -> None:
+    """Two halves of one mode are as likely as the whole one beside them; at a distance of √2 times the widened width,
+    √(0.03 + 0.1²) = 0.2, each has exp(-1) of the other."""
+    halves = mixture_of([0.25, 0.5, 0.25], [[-0.5], [0.5], [-0.5]], [[0.1], [0.1], [0.1]]).surprise()
+    assert halves.tolist() == [pytest.approx([0.0, 0.0, 0.0], abs=1e-4)]
+    width, near = math.sqrt(0.03), 0.2 * math.sqrt(2.0)
+    pair = mixture_of([0.8, 0.2], [[0.0], [near]], [[width], [width]]).surprise()
+    shared = math.exp(-1.0)
+    assert pair.tolist() == [pytest.approx([0.0, math.log((0.8 + 0.2 * shared) / (0.2 + 0.8 * shared))], abs=1e-4)]
+
+
+def test_an_exact_controller_is_little_likelier_than_a_noisy_one() -> None:
+    """Widened widths of 0.1 and 0.2: ln 2 nats in each of three dimensions, not infinitely many."""
+    noisy = math.sqrt(0.03)
+    surprise = mixture_of([0.5, 0.5], [[-0.5] * 3, [0.9] * 3], [[0.0] * 3, [noisy] * 3]).surprise()
+    assert surprise.tolist() == [pytest.approx([0.0, 3.0 * math.log(2.0)], abs=1e-3)]
+
+
 def test_two_clusters_get_a_component_each() -> None:
     torch.manual_seed(0)
     parameters = fit(BehaviourMixture(1, 1, 2, (16,)), Loss)

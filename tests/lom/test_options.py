@@ -251,22 +251,39 @@ def test_steps_of_the_data_say_nothing_about_the_greedy_hyper_policy() -> None:
         replace(TINY, n_step=2, advantage_baseline="hyper")
 
 
-@pytest.mark.parametrize(("prior", "mode"), [(0.0, 1), (1.4, 1), (1.6, 0)])
 @pytest.mark.parametrize("scale", [1.0, 100.0])
-def test_a_rare_component_must_be_better_by_the_prior(prior: float, mode: int, scale: float) -> None:
-    """Weights 0.9 and 0.1, hyper-Q 0 and q: a spread of q sqrt(0.9 · 0.1² + 0.1 · 0.9²) = 0.3 q. The rare one is chosen
-    while q > 0.3 q λ ln 9, which is λ < 1.517, whatever the scale of the rewards."""
-    learner = learner_of(replace(TINY, mode_prior=prior, hyper_learning_rate=1e-9))
+@pytest.mark.parametrize(
+    ("max_surprise", "discount", "price"),
+    [
+        (
+            5.0,
+            0.98,
+            0.455,
+        ),  # 50 steps of ln 9 are more than 5 nats: the price comes to stand where both modes are level
+        (5.0, 0.0, 0.15),  # one step is less: it stays at its least, half of the spread
+        (1.0, 0.0, 0.455),
+        (0.0, 0.98, None),
+    ],
+)
+def test_chosen_modes_surprise_no_more_than_they_may(
+    max_surprise: float, discount: float, price: float | None, scale: float
+) -> None:
+    """Weights 0.9 and 0.1, hyper-Q 0 and q: the rare mode lacks ln 9 nats, and is chosen while a nat costs less than
+    q / ln 9 = 0.455 q, whatever the scale of the rewards. The spread is q sqrt(0.9 · 0.1² + 0.1 · 0.9²) = 0.3 q."""
+    config = replace(TINY, max_surprise=max_surprise, discount=discount, hyper_learning_rate=1e-9, steps=800)
+    learner = learner_of(config)
     with torch.no_grad():
         learner.policy.mixture.mixing_logits.bias.copy_(torch.tensor([math.log(9.0), 0.0]))
     set_output(learner.hyper_critic, [0.0, scale])
-    for _ in range(3):
-        step(learner)
-    learned = learner.policy.prior_scale
-    assert (learned is None) == (prior == 0.0)
-    assert learned is None or learned.item() == pytest.approx(0.3 * scale * prior, rel=1e-4)
+    for _ in learner.remaining():
+        pass
+    learned = learner.policy.surprise_price
+    assert (learned is None) == (price is None)
+    if learned is not None:
+        assert learned.item() / scale == pytest.approx(price, rel=0.03)
+        learned.mul_(1.1)
     chosen = learner.policy(torch.zeros(1, 1), "greedy_mode")["mode"].item()
-    assert chosen == mode
+    assert chosen == (0 if price == 0.455 else 1)
 
 
 @pytest.mark.parametrize(("max_drift", "expected"), [(0.0, 5.0), (1.0, 0.2), (10.0, 2.0), (50.0, 5.0)])

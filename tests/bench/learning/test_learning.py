@@ -292,10 +292,10 @@ def test_tables_hold_the_newest_settings_alone_and_mark_the_leaders() -> None:
 
 
 def test_options_do_not_compete_with_methods() -> None:
-    better = [record(seed, 3.6, method="lom-no-prior") for seed in range(2)]
+    better = [record(seed, 3.6, method="lom-no-limits") for seed in range(2)]
     cells = report.cells_of([*[record(seed, 3.47) for seed in range(2)], *better])
     methods, options = report.methods_and_options(cells)
-    assert (set(methods["fork"]), set(options["fork"])) == ({"lom"}, {"lom", "lom-no-prior"})
+    assert (set(methods["fork"]), set(options["fork"])) == ({"lom"}, {"lom", "lom-no-limits"})
     text = report.render(cells)
     assert "| fork | **100.0 [100.0, 100.0]** |" in text  # it leads, whatever an option of its own reaches
     assert "| fork | 100.0 [100.0, 100.0] | 101.1 [101.1, 101.1] |" in text
