@@ -17,7 +17,7 @@ import torch
 from lom.config import AS_PUBLISHED, PRESETS
 
 STUDIED = replace(PRESETS["small"], **AS_PUBLISHED)
-"""What every study starts from. Exact answers know neither a prior on modes nor a limit of the tilt."""
+"""What every study starts from. Exact answers know no limit, neither of the choice nor of the tilt."""
 
 Result = Any
 """What was measured, as JSON keeps it: numbers, lists of them, and dicts of both."""

@@ -52,7 +52,7 @@ class Explanation:
     `component_means` and `component_log_stds` float32[..., M, A].
 
     **Units**: means in environment units, log-stds of actions scaled to [-1, 1]. `hyper_q` is what the choice is made
-    by, with the prior on modes where the policy was trained with one.
+    by, less the price of what is unlikely where the policy was trained with one.
     """
 
     hyper_q: NDArray[np.float32]
