@@ -14,10 +14,10 @@ Array = NDArray[np.float32]
 Kind = Literal["Reach", "Push", "PickAndPlace"]
 
 TARGET_REWARDS = np.array([1.0, 0.75, 0.5, 0.25])
+TARGET_OFFSETS = np.array([[0.1, -0.1, 0.0], [0.1, 0.1, 0.0], [-0.1, 0.1, 0.0], [-0.1, -0.1, 0.0]])
 TARGET_RADIUS = 0.05
 MAX_STEPS = 50
 
-_OFFSETS = np.array([[0.1, -0.1, 0.0], [0.1, 0.1, 0.0], [-0.1, 0.1, 0.0], [-0.1, -0.1, 0.0]])
 _LIFT = np.array([0.0, 0.0, 0.1])
 _CLEARANCE = np.array([0.0, 0.0, 0.06])
 _GAIN = 10.0
@@ -50,7 +50,7 @@ class Fetch4Env(gymnasium.Env[Array, Array]):
     @property
     def targets(self) -> NDArray[np.float64]:
         """float64[4, 3], metres; the best one first."""
-        return np.asarray(self._start + self._lift + _OFFSETS)
+        return np.asarray(self._start + self._lift + TARGET_OFFSETS)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Array, dict[str, Any]]:
         super().reset(seed=seed)

@@ -19,6 +19,7 @@ from torch import Tensor
 from lom.config import TrainConfig
 from lom.dataset import Transitions
 from lom.envs.bandit import CORNER_REWARDS, CORNERS, Bandit4Env, bandit_demonstrations
+from lom.envs.fetch4 import TARGET_OFFSETS, fetch4_demonstrations, reach_action
 from lom.envs.fork import demonstrator_action, fork_demonstrations
 from lom.evaluation import EVALUATION_SEED, evaluate, policy_act
 from lom.losses import imitation_weights, weighted_imitation_loss
@@ -48,6 +49,11 @@ def _lower_route(observations: Tensor) -> Tensor:
     rng = np.random.default_rng(0)
     actions = [demonstrator_action(each, below=True, rng=rng, noise_std=0.0) for each in observations.numpy()]
     return torch.from_numpy(np.stack(actions))
+
+
+def _best_target(observations: Tensor) -> Tensor:
+    actions = [reach_action(each, each[-3:] + TARGET_OFFSETS[0]) for each in observations.numpy()]
+    return torch.from_numpy(np.stack(actions)).float().clamp(-1.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +108,15 @@ TASKS = {
         demonstrations=lambda seed: fork_demonstrations(seed=seed),
         best_actions=_lower_route,
         noise_stds=(0.1, 0.3, 1.0, 3.0, 10.0),
+    ),
+    "fetch4_reach": Task(
+        env_id="lom/Fetch4Reach-v0",
+        demonstrations=lambda seed: fetch4_demonstrations("Reach", seed=seed),
+        best_actions=_best_target,
+        noise_stds=(0.1, 1.0, 10.0),
+        episodes=25,
+        mixture_steps=6000,
+        steps=12_000,
     ),
 }
 

@@ -168,7 +168,7 @@ def _imitation_rows(results: Measured) -> Iterable[Row]:
 # ---------------------------------------------------------------- random mode against hyper-Q
 
 
-RULE_TASKS = (("bandit4", 8), ("bandit4_skewed", 8), ("fork", 8))
+RULE_TASKS = (("bandit4", 8), ("bandit4_skewed", 8), ("fork", 8), ("fetch4_reach", 8))
 """Tasks and numbers of components."""
 
 

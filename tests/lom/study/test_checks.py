@@ -54,6 +54,13 @@ def test_the_forks_oracle_goes_below_the_obstacle() -> None:
     assert action.tolist() == pytest.approx([0.3 / 0.58**0.5, -0.7 / 0.58**0.5], abs=1e-6)
 
 
+def test_fetchs_oracle_goes_to_the_best_target() -> None:
+    """From a start at (1, 0.5, 0.4), 0.02 m short of the target in x and 0.3 m above it: 10 · 0.02, 0, at most -1."""
+    gripper, start = [1.08, 0.4, 0.7], [1.0, 0.5, 0.4]
+    (action,) = TASKS["fetch4_reach"].best_actions(torch.tensor([[*gripper, *[0.0] * 7, *start]]))
+    assert action.tolist() == pytest.approx([0.2, 0.0, -1.0, 0.0], abs=1e-5)
+
+
 def test_actors_on_top_of_one_mixture_are_those_that_are_trained_alone() -> None:
     task, seeds = TASKS["bandit4"], (0, 1)
     data = [task.transitions(seed) for seed in seeds]
