@@ -362,8 +362,8 @@ class Learner:
             hyper_q = self.hyper_critic(batch.observations)
             choice = policy.choose(hyper_q, batch.mixture.log_weights.exp(), batch.surprise)
             if batch.surprise is not None:
-                spread = hyper_spread(hyper_q, batch.mixture.log_weights)
-                self._follow_surprise(gather_component(batch.surprise.unsqueeze(-1), choice.mode), spread)
+                surprise = gather_component(batch.surprise.unsqueeze(-1), choice.mode)
+                self._follow_surprise(surprise, hyper_spread(hyper_q, batch.mixture.log_weights))
             mode_mean = gather_component(batch.mixture.means, choice.mode)
             mode_log_std = gather_component(batch.mixture.log_stds, choice.mode)
             actions = policy.actor_action(output, mode_mean, mode_log_std)
@@ -399,9 +399,10 @@ class Learner:
         price = self._networks.policy.surprise_price
         assert price is not None
         least = _LEAST_PRICE * spread[..., None, None]
-        spent = surprise.mean(dim=(-2, -1), keepdim=True) * self._horizons / self.config.max_surprise
-        change = torch.where(price < least, 1.0, (spent - 1.0).clamp(max=1.0))
+        spent = surprise.mean(dim=(-2, -1), keepdim=True) * self._horizons
+        change = torch.where(price < least, 1.0, (spent / self.config.max_surprise - 1.0).clamp(max=1.0))
         price.copy_(torch.where(price == 0.0, least, price * torch.exp(_PRICE_RATE * change)))
+        self._latest["hyper_critic/surprise"] = lambda: spent[..., 0, 0]
 
     def _follow_advantages(self, advantages: Tensor) -> None:
         mean_square = self._networks.mean_square_advantage

@@ -96,8 +96,8 @@ class Mixture(NamedTuple):
 
         Of actions, not of components: those that overlap vouch for each other. Variances are widened by RESOLUTION²,
         so that an exact controller is not many nats likelier, in every dimension, than one with a little noise. The
-        squared distances between means are one matrix product, which a graph does many times faster than M² A
-        differences; what is widened keeps its rounding harmless.
+        squared distances between means are one matrix product, which a graph does faster than M² A differences; what
+        is widened keeps its rounding harmless.
         """
         precisions = 1.0 / (torch.exp(2.0 * self.log_stds) + RESOLUTION**2)
         weighted_means = precisions * self.means

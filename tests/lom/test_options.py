@@ -279,7 +279,10 @@ def test_chosen_modes_surprise_no_more_than_they_may(
         pass
     learned = learner.policy.surprise_price
     assert (learned is None) == (price is None)
+    spent = learner.metrics().get("hyper_critic/surprise")
+    assert (spent is None) == (price is None)
     if learned is not None:
+        assert spent == pytest.approx(math.log(9.0) / (1.0 - discount)) or (spent == 0.0 and price == 0.455)
         assert learned.item() / scale == pytest.approx(price, rel=0.03)
         learned.mul_(1.1)
     chosen = learner.policy(torch.zeros(1, 1), "greedy_mode")["mode"].item()
