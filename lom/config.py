@@ -30,6 +30,11 @@ class TrainConfig:
     H (as in `max_drift`) and averaged over the data: what a mode lacks has a price in hyper-Q's unit, and the price is
     followed so that no more is spent. A gain that is real once need not be one in every step: the states are then no
     longer those of the data. 0 is no limit, as published."""
+    surprise_hazard: float = 0.0
+    """The chance of leaving the data in a step, for every nat by which a chosen mode is less likely than the likeliest:
+    such a nat costs at least this share of what is at stake, the mean value of the data's states less that of the worst
+    in a batch. In place of `max_surprise` (then 0) it forbids less where much is to be gained; 0.008 is a good value
+    for locomotion. 0 is no such cost, as published."""
     hidden: tuple[int, ...] = (256, 256)
     """Widths of critics, hyper-critic, actor and behaviour cloning."""
     mixture_hidden: tuple[int, ...] = (256, 256)
@@ -148,6 +153,7 @@ class TrainConfig:
             "target_noise_std",
             "inverse_temperature",
             "max_surprise",
+            "surprise_hazard",
             "max_drift",
         ):
             value = getattr(self, name)
@@ -237,7 +243,7 @@ def _require(holds: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
-AS_PUBLISHED: dict[str, Any] = {"max_surprise": 0.0, "max_drift": 0.0}
+AS_PUBLISHED: dict[str, Any] = {"max_surprise": 0.0, "surprise_hazard": 0.0, "max_drift": 0.0}
 """Without what this project's defaults add to the published equations, whatever else is chosen."""
 
 _STANDARD = TrainConfig()

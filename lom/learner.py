@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lom import losses, signatures
 from lom.config import TrainConfig
 from lom.dataset import DatasetError, Transitions
-from lom.mode_selection import gather_component, hyper_spread
+from lom.mode_selection import gather_component, hyper_spread, value_at_stake
 from lom.networks import Critic, Mixture, stacked
 from lom.policy import LomPolicy
 from lom.returns import mean_horizon, multi_step
@@ -360,10 +360,11 @@ class Learner:
         output = self.actor(batch.observations)
         with torch.no_grad():
             hyper_q = self.hyper_critic(batch.observations)
-            choice = policy.choose(hyper_q, batch.mixture.log_weights.exp(), batch.surprise)
+            mixing_weights = batch.mixture.log_weights.exp()
+            choice = policy.choose(hyper_q, mixing_weights, batch.surprise)
             if batch.surprise is not None:
                 surprise = gather_component(batch.surprise.unsqueeze(-1), choice.mode)
-                self._follow_surprise(surprise, hyper_spread(hyper_q, batch.mixture.log_weights))
+                self._follow_surprise(surprise, hyper_q, mixing_weights)
             mode_mean = gather_component(batch.mixture.means, choice.mode)
             mode_log_std = gather_component(batch.mixture.log_stds, choice.mode)
             actions = policy.actor_action(output, mode_mean, mode_log_std)
@@ -393,14 +394,18 @@ class Learner:
             "hyper_critic/mask_overruled": lambda: choice.overruled.float().mean(dim=-1),
         }
 
-    def _follow_surprise(self, surprise: Tensor, spread: Tensor) -> None:
-        """Moves the price of surprise by a little: up where the chosen modes, float32[..., B, 1], spend more than they
-        may over the horizon, down where less. It is not below what hyper-Q's noise asks for, which its spread tells."""
-        price = self._networks.policy.surprise_price
+    def _follow_surprise(self, surprise: Tensor, hyper_q: Tensor, mixing_weights: Tensor) -> None:
+        """Moves the price of a nat by a little: up where the chosen modes, surprise float32[..., B, 1], spend more than
+        they may over the horizon, else down, but not below what hyper-Q's noise and the hazard ask for."""
+        config, price = self.config, self._networks.policy.surprise_price
         assert price is not None
-        least = _LEAST_PRICE * spread[..., None, None]
+        least = torch.maximum(
+            _LEAST_PRICE * hyper_spread(hyper_q, mixing_weights),
+            config.surprise_hazard * value_at_stake(hyper_q, mixing_weights),
+        )[..., None, None]
         spent = surprise.mean(dim=(-2, -1), keepdim=True) * self._horizons
-        change = torch.where(price < least, 1.0, (spent / self.config.max_surprise - 1.0).clamp(max=1.0))
+        excess = (spent / config.max_surprise - 1.0).clamp(max=1.0) if config.max_surprise > 0 else -1.0
+        change = torch.where(price < least, 1.0, excess)
         price.copy_(torch.where(price == 0.0, least, price * torch.exp(_PRICE_RATE * change)))
         self._latest["hyper_critic/surprise"] = lambda: spent[..., 0, 0]
 

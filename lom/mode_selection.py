@@ -53,12 +53,20 @@ def gather_component(parameters: Tensor, mode: Tensor) -> Tensor:
     return parameters.gather(-2, index).squeeze(-2)
 
 
-def hyper_spread(hyper_q: Tensor, log_weights: Tensor) -> Tensor:
+def hyper_spread(hyper_q: Tensor, mixing_weights: Tensor) -> Tensor:
     """Root mean square of what a component is worth more than the behaviour, drawn by its weight: sqrt(E_s Σ_k α_k
     (Q_H(s, k) - Σ_j α_j Q_H(s, j))²).
 
     Shapes: both float32[..., B, M] -> [...].
     """
-    weights = log_weights.exp()
-    advantages = hyper_q - (weights * hyper_q).sum(dim=-1, keepdim=True)
-    return (weights * advantages.square()).sum(dim=-1).mean(dim=-1).sqrt()
+    advantages = hyper_q - (mixing_weights * hyper_q).sum(dim=-1, keepdim=True)
+    return (mixing_weights * advantages.square()).sum(dim=-1).mean(dim=-1).sqrt()
+
+
+def value_at_stake(hyper_q: Tensor, mixing_weights: Tensor) -> Tensor:
+    """What a state is worth to the behaviour, Σ_k α_k Q_H(s, k), on average over a batch less in its worst state.
+
+    Shapes: both float32[..., B, M] -> [...].
+    """
+    values = (mixing_weights * hyper_q).sum(dim=-1)
+    return values.mean(dim=-1) - values.amin(dim=-1)

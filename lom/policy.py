@@ -31,7 +31,8 @@ class LomPolicy(nn.Module):
         self.min_mixing_weight = config.effective_min_mixing_weight
         self.surprise_price: Tensor | None
         # Learned beside hyper-Q, in whose unit a nat is paid; absent without a limit, so that such runs are as before.
-        self.register_buffer("surprise_price", torch.zeros(1, 1) if config.max_surprise > 0 else None)
+        priced = config.max_surprise > 0 or config.surprise_hazard > 0
+        self.register_buffer("surprise_price", torch.zeros(1, 1) if priced else None)
         self.normaliser = ObservationNormaliser(observation_dim)
         self.action_scaler = ActionScaler(action_low, action_high)
         self.mixture = BehaviourMixture(

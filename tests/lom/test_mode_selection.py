@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lom.mode_selection import gather_component, hyper_spread, select_mode
+from lom.mode_selection import gather_component, hyper_spread, select_mode, value_at_stake
 
 
 def test_an_unsupported_component_is_never_chosen_however_high_its_hyper_q() -> None:
@@ -45,7 +45,13 @@ def test_gather_component_takes_each_rows_own_component() -> None:
 
 def test_spread_by_hand() -> None:
     """Weights 3/4 and 1/4, values 1 and 5: the behaviour has 2, advantages are -1 and 3, the mean square 3/4 + 9/4."""
-    log_weights = torch.tensor([[0.75, 0.25]]).log()
-    assert hyper_spread(torch.tensor([[1.0, 5.0]]), log_weights).item() == pytest.approx(3**0.5)
+    weights = torch.tensor([[0.75, 0.25]])
+    assert hyper_spread(torch.tensor([[1.0, 5.0]]), weights).item() == pytest.approx(3**0.5)
     two_runs = torch.tensor([[[1.0, 5.0]], [[1.0, 1.0]]])
-    assert hyper_spread(two_runs, log_weights.expand(2, 1, 2)).tolist() == pytest.approx([3**0.5, 0.0])
+    assert hyper_spread(two_runs, weights.expand(2, 1, 2)).tolist() == pytest.approx([3**0.5, 0.0])
+
+
+def test_value_at_stake_by_hand() -> None:
+    """Two states that are worth 2 and 5 to the behaviour: 3.5 on average, 1.5 above the worse one."""
+    weights = torch.tensor([[0.75, 0.25], [0.5, 0.5]])
+    assert value_at_stake(torch.tensor([[1.0, 5.0], [4.0, 6.0]]), weights).item() == pytest.approx(1.5)

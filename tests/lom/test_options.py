@@ -1,7 +1,7 @@
 """Every option of training, by hand-worked numbers through the learner; defaults are in the other tests."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,11 @@ TINY = replace(
 MODES = (-0.5, 0.25)
 
 
-def learner_of(config: TrainConfig, data_action: float = 0.1) -> Learner:
-    """Two modes of nearly no spread; hyper-Q prefers the second; Q(s, a) = 2a in every critic."""
+def learner_of(config: TrainConfig, data_action: float = 0.1, states: Sequence[float] = (0.0,)) -> Learner:
+    """Two modes of nearly no spread; hyper-Q prefers the second; Q(s, a) = 2a in every critic; six rows."""
     rows = 6
-    zeros = np.zeros((rows, 1))
-    data = transitions_of(zeros, zeros + data_action, np.ones(rows), zeros, zeros + 0.1)
+    zeros, observations = np.zeros((rows, 1)), np.resize(np.array(states), (rows, 1))
+    data = transitions_of(observations, zeros + data_action, np.ones(rows), observations, zeros + 0.1)
     learner = Learner(data, config, -torch.ones(1), torch.ones(1))
     learner.mixture_steps_done = config.mixture_steps
     mixture = learner.policy.mixture
@@ -287,6 +287,27 @@ def test_chosen_modes_surprise_no_more_than_they_may(
         learned.mul_(1.1)
     chosen = learner.policy(torch.zeros(1, 1), "greedy_mode")["mode"].item()
     assert chosen == (0 if price == 0.455 else 1)
+
+
+@pytest.mark.parametrize(("hazard", "price", "mode"), [(0.02, 0.15, 1), (0.2, 1.0, 0)])
+def test_a_nat_costs_at_least_what_it_puts_at_stake(hazard: float, price: float, mode: int) -> None:
+    """States at -1 and 1, worth 0 and 10: 5 at stake in a batch. The spread asks for 0.15, as above; the
+    rare mode, worth 1 more, lacks ln 9 nats."""
+    config = replace(TINY, max_surprise=0.0, surprise_hazard=hazard, hyper_learning_rate=1e-9, batch=64, steps=800)
+    learner = learner_of(config, states=(-1.0, 1.0))
+    first, last = (module for module in learner.hyper_critic.modules() if isinstance(module, nn.Linear))
+    with torch.no_grad():
+        learner.policy.mixture.mixing_logits.bias.copy_(torch.tensor([math.log(9.0), 0.0]))
+        first.weight.zero_()
+        first.bias.zero_()
+        first.weight[0, 0] = 1.0
+        last.weight[:, 0] = 10.0
+    for _ in learner.remaining():
+        pass
+    assert learner.policy.surprise_price is not None
+    assert learner.policy.surprise_price.item() == pytest.approx(price, rel=0.1)
+    answer = learner.policy(torch.tensor([[-1.0], [1.0]]), "greedy_mode")
+    assert answer["mode"].tolist() == [mode, mode]
 
 
 @pytest.mark.parametrize(("max_drift", "expected"), [(0.0, 5.0), (1.0, 0.2), (10.0, 2.0), (50.0, 5.0)])

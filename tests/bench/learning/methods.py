@@ -12,6 +12,7 @@ LOM_OPTIONS: dict[str, dict[str, Any]] = {
     "onestep": {"num_components": 1, "min_mixing_weight": 0.05, "max_drift": 0.0},
     "awr": {"num_components": 1, "min_mixing_weight": 0.05, "imitated_actions": "data", "max_drift": 0.0},
     "lom-residual": {"actor_form": "residual"},
+    "lom-hazard": {"max_surprise": 0.0, "surprise_hazard": 0.008},
     "lom-no-limits": AS_PUBLISHED,
     "lom-no-surprise-limit": {"max_surprise": 0.0},
     "lom-hyper8": {"advantage_baseline": "hyper", "imitation_samples": 8},
