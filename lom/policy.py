@@ -19,7 +19,7 @@ _REACH = 3.0
 class LomPolicy(nn.Module):
     """Normaliser, mixture, hyper-critic, actor and behaviour cloning; three ways to act, called variants.
 
-    greedy_mode: the mean of the component with the highest hyper-Q among the supported ones.
+    greedy_mode: the mean of the supported component with the highest hyper-Q, less the price of its surprise.
     actor: weighted imitation of that component's actions, as a deviation from its mean or by a network of its own.
     bc: behaviour cloning of the whole dataset, for comparison.
     """
