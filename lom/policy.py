@@ -30,8 +30,8 @@ class LomPolicy(nn.Module):
         self.observation_dim = observation_dim
         self.min_mixing_weight = config.effective_min_mixing_weight
         self.surprise_price: Tensor | None
-        # Learned beside hyper-Q, in whose unit a nat is paid; absent without a limit, so that such runs are as before.
-        priced = config.max_surprise > 0 or config.surprise_hazard > 0
+        # Learned beside hyper-Q, in whose unit a nat is paid; absent where nothing is limited or to be chosen.
+        priced = config.num_components > 1 and (config.max_surprise > 0 or config.surprise_hazard > 0)
         self.register_buffer("surprise_price", torch.zeros(1, 1) if priced else None)
         self.normaliser = ObservationNormaliser(observation_dim)
         self.action_scaler = ActionScaler(action_low, action_high)
