@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lom import losses, signatures
 from lom.config import TrainConfig
 from lom.dataset import DatasetError, Transitions
-from lom.mode_selection import gather_component, hyper_spread, value_at_stake
+from lom.mode_selection import ModeChoice, gather_component, hyper_spread, value_at_stake
 from lom.networks import Critic, Mixture, stacked
 from lom.policy import LomPolicy
 from lom.returns import mean_horizon, multi_step
@@ -137,10 +137,10 @@ class _Population:
 
 
 class _Batch(NamedTuple):
+    rows: Tensor
     observations: Tensor
     actions: Tensor
     mixture: Mixture
-    surprise: Tensor | None
 
 
 class Learner:
@@ -225,7 +225,8 @@ class Learner:
             self.greedy_critic = self._networks.greedy_critic
             self.target_greedy_critic = self._networks.target_greedy_critic
             self._optimisers["greedy_critic"] = adam(self.greedy_critic, config.critic_learning_rate)
-        self._mixture_cache: tuple[Tensor, ...] = ()
+        self._mixture_cache: Mixture | None = None
+        self._surprise_cache: Tensor | None = None
         self._latest: dict[str, Callable[[], Tensor]] = {}
         self._decay = 1.0
 
@@ -317,8 +318,7 @@ class Learner:
         """One sample of the mode that the greedy hyper-policy chooses at s', clipped as every sample."""
         observations = _taken(self._rows.next_observations, rows)
         mixture: Mixture = self._networks.policy.mixture(observations)
-        hyper_q, policy = self.hyper_critic(observations), self._networks.policy
-        choice = policy.choose(hyper_q, mixture.log_weights.exp(), policy.surprise(mixture))
+        choice = self._choose(self.hyper_critic(observations), mixture)
         return self._sample_components(
             gather_component(mixture.means, choice.mode), gather_component(mixture.log_stds, choice.mode)
         )
@@ -361,10 +361,11 @@ class Learner:
         with torch.no_grad():
             hyper_q = self.hyper_critic(batch.observations)
             mixing_weights = batch.mixture.log_weights.exp()
-            choice = policy.choose(hyper_q, mixing_weights, batch.surprise)
-            if batch.surprise is not None:
-                surprise = gather_component(batch.surprise.unsqueeze(-1), choice.mode)
-                self._follow_surprise(surprise, hyper_q, mixing_weights)
+            surprise = self._surprise(batch)
+            choice = policy.choose(hyper_q, mixing_weights, surprise)
+            if surprise is not None:
+                spent = gather_component(surprise.unsqueeze(-1), choice.mode)
+                self._follow_surprise(spent, hyper_q, mixing_weights)
             mode_mean = gather_component(batch.mixture.means, choice.mode)
             mode_log_std = gather_component(batch.mixture.log_stds, choice.mode)
             actions = policy.actor_action(output, mode_mean, mode_log_std)
@@ -426,6 +427,10 @@ class Learner:
         return losses.limited_inverse_temperature(
             config.inverse_temperature, config.max_drift, self._horizons, mean_square.sqrt()
         )
+
+    def _choose(self, hyper_q: Tensor, mixture: Mixture) -> ModeChoice:
+        policy = self._networks.policy
+        return policy.choose(hyper_q, mixture.log_weights.exp(), policy.surprise(mixture))
 
     def _imitated_actions(self, mode_mean: Tensor, mode_log_std: Tensor, data_actions: Tensor) -> Tensor:
         """Actions of the chosen mode, or those of the data, float32[..., B, n, A]."""
@@ -495,28 +500,35 @@ class Learner:
         observations, actions = _taken(self._rows.observations, rows), _taken(self._rows.actions, rows)
         config, policy, (total, action_dim) = self.config, self._networks.policy, self._rows.actions.shape
         cache_bytes = 4 * total * config.num_components * (2 * action_dim + 1 + (policy.surprise_price is not None))
-        if not self._mixture_cache and cache_bytes <= config.mixture_cache_bytes:
+        if self._mixture_cache is None and cache_bytes <= config.mixture_cache_bytes:
             self._mixture_cache = self._computed_mixture()
-        if not self._mixture_cache:
-            mixture: Mixture = policy.mixture(observations)
-            return _Batch(observations, actions, mixture, policy.surprise(mixture))
-        parts = [_taken(part, rows) for part in self._mixture_cache]
-        return _Batch(observations, actions, Mixture(*parts[:3]), parts[3] if len(parts) > 3 else None)
+        if self._mixture_cache is None:
+            return _Batch(rows, observations, actions, policy.mixture(observations))
+        return _Batch(rows, observations, actions, Mixture(*(_taken(part, rows) for part in self._mixture_cache)))
 
-    def _computed_mixture(self) -> tuple[Tensor, ...]:
-        """Mixture and surprise at every row, filled in place: joining chunks would hold them twice."""
-        whole: tuple[Tensor, ...] = ()
+    def _computed_mixture(self) -> Mixture:
+        """At every row, filled in place: joining chunks would hold it twice."""
+        whole: Mixture | None = None
         ends = torch.tensor(self._all_rows.sizes).cumsum(0).tolist()
         for policy, start, end in zip(self.policies, [0, *ends], ends, strict=False):
             for first in range(start, end, _CACHE_CHUNK_ROWS):
                 rows = slice(first, min(first + _CACHE_CHUNK_ROWS, end))
-                mixture: Mixture = policy.mixture(self._rows.observations[rows])
-                surprise = policy.surprise(mixture)
-                chunk = tuple(mixture) if surprise is None else (*mixture, surprise)
-                whole = whole or tuple(part.new_empty(ends[-1], *part.shape[1:]) for part in chunk)
+                chunk: Mixture = policy.mixture(self._rows.observations[rows])
+                whole = whole or Mixture(*(part.new_empty(ends[-1], *part.shape[1:]) for part in chunk))
                 for part, part_of_chunk in zip(whole, chunk, strict=True):
                     part[rows] = part_of_chunk
+        assert whole is not None
         return whole
+
+    def _surprise(self, batch: _Batch) -> Tensor | None:
+        """That of the batch's mixture, kept where the mixture is."""
+        policy = self._networks.policy
+        if self._mixture_cache is None or policy.surprise_price is None:
+            return policy.surprise(batch.mixture)
+        if self._surprise_cache is None:
+            chunks = zip(*(torch.split(part, _CACHE_CHUNK_ROWS) for part in self._mixture_cache), strict=True)
+            self._surprise_cache = torch.cat([Mixture(*chunk).surprise() for chunk in chunks])
+        return _taken(self._surprise_cache, batch.rows)
 
     def _descend(self, metric: str, pieces: Iterable[Tensor], learning_rate: float) -> None:
         """One step down the sum of a loss's pieces, of the network that the metric begins with; keeps the sum for it.
@@ -581,8 +593,7 @@ class Learner:
             for of_run, actions, generator in zip(mixtures, self._by_run(data_actions), self._generators, strict=True)
         ]
         if self.policy_steps_done > 0:
-            hyper_q = policy.hyper_critic(observations)
-            choice = policy.choose(hyper_q, mixture.log_weights.exp(), policy.surprise(mixture))
+            choice = self._choose(policy.hyper_critic(observations), mixture)
             mode_mean, mode_log_std = (gather_component(p, choice.mode) for p in (mixture.means, mixture.log_stds))
             actions = policy.actor_action(policy.actor(observations), mode_mean, mode_log_std)
             imitated = self._imitated_actions(mode_mean, mode_log_std, data_actions)
@@ -659,4 +670,4 @@ class Learner:
                     moments.setdefault(int(index), {})[moment] = whole
             optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
         ((self.mixture_steps_done, self.policy_steps_done),) = steps_done
-        self._mixture_cache = ()
+        self._mixture_cache = self._surprise_cache = None

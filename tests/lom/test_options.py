@@ -255,11 +255,8 @@ def test_steps_of_the_data_say_nothing_about_the_greedy_hyper_policy() -> None:
 @pytest.mark.parametrize(
     ("max_surprise", "discount", "price"),
     [
-        (
-            5.0,
-            0.98,
-            0.455,
-        ),  # 50 steps of ln 9 are more than 5 nats: the price comes to stand where both modes are level
+        # 50 steps of ln 9 are more than 5 nats: the price comes to stand where both modes are level.
+        (5.0, 0.98, 0.455),
         (5.0, 0.0, 0.15),  # one step is less: it stays at its least, half of the spread
         (1.0, 0.0, 0.455),
         (0.0, 0.98, None),
