@@ -25,16 +25,11 @@ class TrainConfig:
     """Components below this mixing weight are never chosen; capped at 0.5/M. None goes by the data, as a weight needs
     rows to stand on: 0.05 for fewer than 50,000, and 0.001 from there on, or a good policy is never joined where a bad
     one left most of the rows. 0 turns the mask off (not advised)."""
-    max_surprise: float = 10.0
-    """How much less likely than the behaviour's likeliest mode the chosen ones may be, in nats, summed over the horizon
-    H (as in `max_drift`) and averaged over the data: what a mode lacks has a price in hyper-Q's unit, and the price is
-    followed so that no more is spent. A gain that is real once need not be one in every step: the states are then no
-    longer those of the data. 0 is no limit, as published."""
-    surprise_hazard: float = 0.0
-    """The chance of leaving the data in a step, for every nat by which a chosen mode is less likely than the likeliest:
-    such a nat costs at least this share of what is at stake, the mean value of the data's states less that of the worst
-    in a batch. In place of `max_surprise` (then 0) it forbids less where much is to be gained; 0.008 is a good value
-    for locomotion. 0 is no such cost, as published."""
+    hazard: float = 0.05
+    """The chance of leaving the data in a step by what nobody in the data would do. A mode that a share u of the
+    behaviour acts by, or nearly, has (1 - u) of it, and costs as much of what the state is worth above the worst ones;
+    besides, less usual modes must be better by more than hyper-Q's noise (`LomPolicy.preference`). A gain that is real
+    once need not be one in every step: the states are then no longer those of the data. 0 is neither, as published."""
     hidden: tuple[int, ...] = (256, 256)
     """Widths of critics, hyper-critic, actor and behaviour cloning."""
     mixture_hidden: tuple[int, ...] = (256, 256)
@@ -152,8 +147,7 @@ class TrainConfig:
             "imitation_noise_std",
             "target_noise_std",
             "inverse_temperature",
-            "max_surprise",
-            "surprise_hazard",
+            "hazard",
             "max_drift",
         ):
             value = getattr(self, name)
@@ -243,7 +237,7 @@ def _require(holds: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
-AS_PUBLISHED: dict[str, Any] = {"max_surprise": 0.0, "surprise_hazard": 0.0, "max_drift": 0.0}
+AS_PUBLISHED: dict[str, Any] = {"hazard": 0.0, "max_drift": 0.0}
 """Without what this project's defaults add to the published equations, whatever else is chosen."""
 
 _STANDARD = TrainConfig()

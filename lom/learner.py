@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lom import losses, signatures
 from lom.config import TrainConfig
 from lom.dataset import DatasetError, Transitions
-from lom.mode_selection import ModeChoice, gather_component, hyper_spread, value_at_stake
+from lom.mode_selection import ModeChoice, behaviour_value, gather_component, hyper_spread
 from lom.networks import Critic, Mixture, stacked
 from lom.policy import LomPolicy
 from lom.returns import mean_horizon, multi_step
@@ -41,8 +41,7 @@ _MEANS_SEEDING_ROWS = 4096
 _CACHE_CHUNK_ROWS = 8192
 _SIGN_ROWS = 2048
 _AVERAGED_STEPS = 100
-_PRICE_RATE = 0.01
-_LEAST_PRICE = 0.5  # of hyper-Q's spread per nat
+_NOISE_PRICE = 0.5  # of hyper-Q's spread
 _CACHE_FLOATS = 1 << 19
 _NOT_NETWORKS = ("optimiser", "generator", "steps_done")
 
@@ -226,7 +225,7 @@ class Learner:
             self.target_greedy_critic = self._networks.target_greedy_critic
             self._optimisers["greedy_critic"] = adam(self.greedy_critic, config.critic_learning_rate)
         self._mixture_cache: Mixture | None = None
-        self._surprise_cache: Tensor | None = None
+        self._log_shares_cache: Tensor | None = None
         self._latest: dict[str, Callable[[], Tensor]] = {}
         self._decay = 1.0
 
@@ -361,11 +360,9 @@ class Learner:
         with torch.no_grad():
             hyper_q = self.hyper_critic(batch.observations)
             mixing_weights = batch.mixture.log_weights.exp()
-            surprise = self._surprise(batch)
-            choice = policy.choose(hyper_q, mixing_weights, surprise)
-            if surprise is not None:
-                spent = gather_component(surprise.unsqueeze(-1), choice.mode)
-                self._follow_surprise(spent, hyper_q, mixing_weights)
+            self._follow_values(hyper_q, mixing_weights)
+            log_shares = self._log_shares(batch)
+            choice = policy.choose(hyper_q, mixing_weights, log_shares)
             mode_mean = gather_component(batch.mixture.means, choice.mode)
             mode_log_std = gather_component(batch.mixture.log_stds, choice.mode)
             actions = policy.actor_action(output, mode_mean, mode_log_std)
@@ -385,6 +382,10 @@ class Learner:
             target = policy.actor_output(target, mode_mean, mode_log_std)
         loss = losses.weighted_imitation_loss(output, target, row_weights)
         self._descend("actor/loss", [loss], config.actor_learning_rate)
+        if log_shares is not None:
+            self._latest["hyper_critic/share"] = lambda: (
+                log_shares.exp().gather(-1, choice.mode.unsqueeze(-1)).mean(dim=(-2, -1))
+            )
         self._latest |= {
             "actor/inverse_temperature": lambda: sharpness[..., 0, 0],
             "actor/mean_weight": lambda: weights.mean(dim=(-2, -1)),
@@ -395,20 +396,13 @@ class Learner:
             "hyper_critic/mask_overruled": lambda: choice.overruled.float().mean(dim=-1),
         }
 
-    def _follow_surprise(self, surprise: Tensor, hyper_q: Tensor, mixing_weights: Tensor) -> None:
-        """Moves the price of a nat by a little: up where the chosen modes, surprise float32[..., B, 1], spend more than
-        they may over the horizon, else down, but not below what hyper-Q's noise and the hazard ask for."""
-        config, price = self.config, self._networks.policy.surprise_price
-        assert price is not None
-        least = torch.maximum(
-            _LEAST_PRICE * hyper_spread(hyper_q, mixing_weights),
-            config.surprise_hazard * value_at_stake(hyper_q, mixing_weights),
-        )[..., None, None]
-        spent = surprise.mean(dim=(-2, -1), keepdim=True) * self._horizons
-        excess = (spent / config.max_surprise - 1.0).clamp(max=1.0) if config.max_surprise > 0 else -1.0
-        change = torch.where(price < least, 1.0, excess)
-        price.copy_(torch.where(price == 0.0, least, price * torch.exp(_PRICE_RATE * change)))
-        self._latest["hyper_critic/surprise"] = lambda: spent[..., 0, 0]
+    def _follow_values(self, hyper_q: Tensor, mixing_weights: Tensor) -> None:
+        """What a choice may cost: the worst value that a state has, and what hyper-Q's noise asks for."""
+        policy = self._networks.policy
+        if policy.worst_value is not None and policy.noise_price is not None:
+            values = behaviour_value(hyper_q, mixing_weights)
+            self._follow(policy.worst_value, values.amin(dim=-2, keepdim=True))
+            self._follow(policy.noise_price, _NOISE_PRICE * hyper_spread(hyper_q, mixing_weights)[..., None, None])
 
     def _follow_advantages(self, advantages: Tensor) -> None:
         mean_square = self._networks.mean_square_advantage
@@ -430,7 +424,7 @@ class Learner:
 
     def _choose(self, hyper_q: Tensor, mixture: Mixture) -> ModeChoice:
         policy = self._networks.policy
-        return policy.choose(hyper_q, mixture.log_weights.exp(), policy.surprise(mixture))
+        return policy.choose(hyper_q, mixture.log_weights.exp(), policy.log_shares(mixture))
 
     def _imitated_actions(self, mode_mean: Tensor, mode_log_std: Tensor, data_actions: Tensor) -> Tensor:
         """Actions of the chosen mode, or those of the data, float32[..., B, n, A]."""
@@ -499,7 +493,7 @@ class Learner:
         rows = self._sample(self._all_rows, count)
         observations, actions = _taken(self._rows.observations, rows), _taken(self._rows.actions, rows)
         config, policy, (total, action_dim) = self.config, self._networks.policy, self._rows.actions.shape
-        cache_bytes = 4 * total * config.num_components * (2 * action_dim + 1 + (policy.surprise_price is not None))
+        cache_bytes = 4 * total * config.num_components * (2 * action_dim + 1 + (policy.hazard > 0))
         if self._mixture_cache is None and cache_bytes <= config.mixture_cache_bytes:
             self._mixture_cache = self._computed_mixture()
         if self._mixture_cache is None:
@@ -520,15 +514,15 @@ class Learner:
         assert whole is not None
         return whole
 
-    def _surprise(self, batch: _Batch) -> Tensor | None:
+    def _log_shares(self, batch: _Batch) -> Tensor | None:
         """That of the batch's mixture, kept where the mixture is."""
         policy = self._networks.policy
-        if self._mixture_cache is None or policy.surprise_price is None:
-            return policy.surprise(batch.mixture)
-        if self._surprise_cache is None:
+        if self._mixture_cache is None or policy.hazard == 0:
+            return policy.log_shares(batch.mixture)
+        if self._log_shares_cache is None:
             chunks = zip(*(torch.split(part, _CACHE_CHUNK_ROWS) for part in self._mixture_cache), strict=True)
-            self._surprise_cache = torch.cat([Mixture(*chunk).surprise() for chunk in chunks])
-        return _taken(self._surprise_cache, batch.rows)
+            self._log_shares_cache = torch.cat([Mixture(*chunk).log_shares() for chunk in chunks])
+        return _taken(self._log_shares_cache, batch.rows)
 
     def _descend(self, metric: str, pieces: Iterable[Tensor], learning_rate: float) -> None:
         """One step down the sum of a loss's pieces, of the network that the metric begins with; keeps the sum for it.
@@ -670,4 +664,4 @@ class Learner:
                     moments.setdefault(int(index), {})[moment] = whole
             optimiser.load_state_dict({**optimiser.state_dict(), "state": moments})
         ((self.mixture_steps_done, self.policy_steps_done),) = steps_done
-        self._mixture_cache = self._surprise_cache = None
+        self._mixture_cache = self._log_shares_cache = None

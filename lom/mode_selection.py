@@ -53,20 +53,19 @@ def gather_component(parameters: Tensor, mode: Tensor) -> Tensor:
     return parameters.gather(-2, index).squeeze(-2)
 
 
+def behaviour_value(hyper_q: Tensor, mixing_weights: Tensor) -> Tensor:
+    """What a state is worth while the behaviour goes on, V(s) = Σ_k α_k Q_H(s, k).
+
+    Shapes: both float32[..., B, M] -> [..., B, 1].
+    """
+    return (mixing_weights * hyper_q).sum(dim=-1, keepdim=True)
+
+
 def hyper_spread(hyper_q: Tensor, mixing_weights: Tensor) -> Tensor:
     """Root mean square of what a component is worth more than the behaviour, drawn by its weight: sqrt(E_s Σ_k α_k
-    (Q_H(s, k) - Σ_j α_j Q_H(s, j))²).
+    (Q_H(s, k) - V(s))²).
 
     Shapes: both float32[..., B, M] -> [...].
     """
-    advantages = hyper_q - (mixing_weights * hyper_q).sum(dim=-1, keepdim=True)
+    advantages = hyper_q - behaviour_value(hyper_q, mixing_weights)
     return (mixing_weights * advantages.square()).sum(dim=-1).mean(dim=-1).sqrt()
-
-
-def value_at_stake(hyper_q: Tensor, mixing_weights: Tensor) -> Tensor:
-    """What a state is worth to the behaviour, Σ_k α_k Q_H(s, k), on average over a batch less in its worst state.
-
-    Shapes: both float32[..., B, M] -> [...].
-    """
-    values = (mixing_weights * hyper_q).sum(dim=-1)
-    return values.mean(dim=-1) - values.amin(dim=-1)

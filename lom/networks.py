@@ -19,7 +19,7 @@ LOG_STD_MAX = 0.0
 _INITIAL_LOG_STD = -5.0 / (1.0 + math.exp(2.0))
 _MEAN_LIMIT = 0.999
 RESOLUTION = 0.1
-"""Distance of unit actions below which the likelihood of a mode tells none from another."""
+"""Distance of unit actions below which none is told from another when modes are compared."""
 
 
 _Network = TypeVar("_Network", bound=nn.Module)
@@ -90,23 +90,20 @@ class Mixture(NamedTuple):
         """α_k N(a; μ_k, σ_k²) / π_b(a|s): the probability that component k brought forth a, float32[..., B, M]."""
         return torch.softmax(self._log_joint(unit_actions), dim=-1)
 
-    def surprise(self) -> Tensor:
-        """How much less likely than the likeliest mode's an action at each mode is, in nats:
-        max_j log π_b(μ_j|s) - log π_b(μ_k|s), float32[..., B, M], 0 or more.
+    def log_shares(self) -> Tensor:
+        """Log of the share of the behaviour that does what each mode does, or nearly, float32[..., B, M], 0 or less:
+        log Σ_j α_j exp(-½ d²_kj), d²_kj = Σ_a (μ_ka - μ_ja)² / (σ_ja² + RESOLUTION²).
 
-        Of actions, not of components: those that overlap vouch for each other. Variances are widened by RESOLUTION²,
-        so that an exact controller is not many nats likelier, in every dimension, than one with a little noise. The
-        squared distances between means are one matrix product, which a graph does faster than M² A differences; what
-        is widened keeps its rounding harmless.
+        Of actions, not of components: those that overlap vouch for each other. Not a density, by which an exact
+        controller is likelier than a noisy one. The squared distances are one matrix product, which a graph does
+        faster than M² A differences; what variances are widened by keeps its rounding harmless.
         """
         precisions = 1.0 / (torch.exp(2.0 * self.log_stds) + RESOLUTION**2)
         weighted_means = precisions * self.means
         as_actions = torch.cat([self.means.square(), -2.0 * self.means], dim=-1)
         as_components = torch.cat([precisions, weighted_means], dim=-1)
         squares = as_actions @ as_components.mT + (weighted_means * self.means).sum(dim=-1).unsqueeze(-2)
-        log_densities = self.log_weights + 0.5 * torch.log(precisions).sum(dim=-1)
-        log_prob = torch.logsumexp(log_densities.unsqueeze(-2) - 0.5 * squares, dim=-1)
-        return log_prob.amax(dim=-1, keepdim=True) - log_prob
+        return torch.logsumexp(self.log_weights.unsqueeze(-2) - 0.5 * squares, dim=-1)
 
     def _log_joint(self, unit_actions: Tensor) -> Tensor:
         """log α_k + log N(a; μ_k, σ_k²), float32[..., B, M]."""

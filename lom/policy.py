@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lom.config import TrainConfig
-from lom.mode_selection import ModeChoice, gather_component, select_mode
+from lom.mode_selection import ModeChoice, behaviour_value, gather_component, select_mode
 from lom.networks import Actor, BehaviourMixture, HyperCritic, Mixture, OneHotHyperCritic
 from lom.scaling import ActionScaler, ObservationNormaliser
 
@@ -19,7 +19,7 @@ _REACH = 3.0
 class LomPolicy(nn.Module):
     """Normaliser, mixture, hyper-critic, actor and behaviour cloning; three ways to act, called variants.
 
-    greedy_mode: the mean of the supported component with the highest hyper-Q, less the price of its surprise.
+    greedy_mode: the mean of the supported component with the highest hyper-Q, less what it costs to be unusual.
     actor: weighted imitation of that component's actions, as a deviation from its mean or by a network of its own.
     bc: behaviour cloning of the whole dataset, for comparison.
     """
@@ -29,10 +29,12 @@ class LomPolicy(nn.Module):
         action_dim = action_low.numel()
         self.observation_dim = observation_dim
         self.min_mixing_weight = config.effective_min_mixing_weight
-        self.surprise_price: Tensor | None
-        # Learned beside hyper-Q, in whose unit a nat is paid; absent where nothing is limited or to be chosen.
-        priced = config.num_components > 1 and (config.max_surprise > 0 or config.surprise_hazard > 0)
-        self.register_buffer("surprise_price", torch.zeros(1, 1) if priced else None)
+        # Learned beside hyper-Q, in whose unit they are; absent where it costs nothing to be unusual.
+        self.hazard = config.hazard if config.num_components > 1 else 0.0
+        self.worst_value: Tensor | None
+        self.noise_price: Tensor | None
+        for name in ("worst_value", "noise_price"):
+            self.register_buffer(name, torch.zeros(1, 1) if self.hazard > 0 else None)
         self.normaliser = ObservationNormaliser(observation_dim)
         self.action_scaler = ActionScaler(action_low, action_high)
         self.mixture = BehaviourMixture(
@@ -57,21 +59,27 @@ class LomPolicy(nn.Module):
             log_stds=mixture.log_stds + self.action_scaler.log_half_range,
         )
 
-    def surprise(self, mixture: Mixture) -> Tensor | None:
-        """What acting by each mode would cost, float32[..., B, M] in nats, of a mixture in unit actions; None where it
-        costs nothing."""
-        return None if self.surprise_price is None else mixture.surprise()
+    def log_shares(self, mixture: Mixture) -> Tensor | None:
+        """How usual it is to act by each mode, of a mixture in unit actions, float32[..., B, M]; None where the
+        choice does not ask."""
+        return mixture.log_shares() if self.hazard > 0 else None
 
-    def preference(self, hyper_q: Tensor, surprise: Tensor | None) -> Tensor:
-        """Q_H(s, k) less the price of k's surprise, by which modes are chosen: float32[..., B, M]."""
-        if surprise is None:
+    def preference(self, hyper_q: Tensor, mixing_weights: Tensor, log_shares: Tensor | None) -> Tensor:
+        """What modes are chosen by: Q_H(s, k) less what it costs to be unusual; all float32[..., B, M].
+
+        Q_H(s, k) + c log u_k - h (V(s) - V_worst) (1 - u_k), where a share u_k of the behaviour does the same: c,
+        half of hyper-Q's spread, is against its noise, and h, the hazard, is the chance of leaving the data with 1 - u.
+        """
+        if log_shares is None:
             return hyper_q
-        assert self.surprise_price is not None
-        return hyper_q - self.surprise_price * surprise
+        assert self.worst_value is not None
+        assert self.noise_price is not None
+        at_stake = torch.relu(behaviour_value(hyper_q, mixing_weights) - self.worst_value)
+        return hyper_q + self.noise_price * log_shares + self.hazard * at_stake * torch.expm1(log_shares)
 
-    def choose(self, hyper_q: Tensor, mixing_weights: Tensor, surprise: Tensor | None) -> ModeChoice:
+    def choose(self, hyper_q: Tensor, mixing_weights: Tensor, log_shares: Tensor | None) -> ModeChoice:
         """The greedy hyper-policy's choice: the preferred one of the supported components; all float32[..., B, M]."""
-        return select_mode(self.preference(hyper_q, surprise), mixing_weights, self.min_mixing_weight)
+        return select_mode(self.preference(hyper_q, mixing_weights, log_shares), mixing_weights, self.min_mixing_weight)
 
     def actor_action(self, output: Tensor, mode_mean: Tensor, mode_log_std: Tensor) -> Tensor:
         """The unit action that the actor's output means, at the chosen mode: all float32[..., A]."""
@@ -111,15 +119,14 @@ class LomPolicy(nn.Module):
 
         Returns:
             action float32[B, A]; mode int32[B], the component that acted; margin float32[B], of the free choice;
-            hyper_q float32[B, M], as it is chosen by: less the price of surprise; mixing_weights float32[B, M];
+            hyper_q float32[B, M], as it is chosen by (`preference`); mixing_weights float32[B, M];
             component_means and component_log_stds float32[B, M, A].
             Action, means and standard deviations are in environment units.
         """
         normalised = self.normaliser(observations)
         mixture = self.mixture(normalised)
-        hyper_q = self.preference(self.hyper_critic(normalised), self.surprise(mixture))
-        behaviour = self._in_environment_units(mixture)
-        mixing_weights = behaviour.log_weights.exp()
+        behaviour, mixing_weights = self._in_environment_units(mixture), mixture.log_weights.exp()
+        hyper_q = self.preference(self.hyper_critic(normalised), mixing_weights, self.log_shares(mixture))
         choice = select_mode(hyper_q, mixing_weights, self.min_mixing_weight)
         mode = choice.mode if forced_mode is None else torch.where(forced_mode >= 0, forced_mode.long(), choice.mode)
         action = gather_component(behaviour.means, mode)

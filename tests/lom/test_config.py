@@ -57,7 +57,7 @@ def test_the_digest_changes_with_any_field() -> None:
 
 
 def test_a_run_from_before_there_was_a_limit_has_none() -> None:
-    document = asdict(TrainConfig(max_surprise=0.7))
-    assert TrainConfig.from_json(document).max_surprise == 0.7
-    del document["max_surprise"]
-    assert TrainConfig.from_json(document).max_surprise == 0.0
+    document = asdict(TrainConfig(hazard=0.7))
+    assert TrainConfig.from_json(document).hazard == 0.7
+    del document["hazard"]
+    assert TrainConfig.from_json(document).hazard == 0.0

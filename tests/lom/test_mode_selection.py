@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from lom.mode_selection import gather_component, hyper_spread, select_mode, value_at_stake
+from lom.mode_selection import behaviour_value, gather_component, hyper_spread, select_mode
 
 
 def test_an_unsupported_component_is_never_chosen_however_high_its_hyper_q() -> None:
@@ -51,7 +51,6 @@ def test_spread_by_hand() -> None:
     assert hyper_spread(two_runs, weights.expand(2, 1, 2)).tolist() == pytest.approx([3**0.5, 0.0])
 
 
-def test_value_at_stake_by_hand() -> None:
-    """Two states that are worth 2 and 5 to the behaviour: 3.5 on average, 1.5 above the worse one."""
+def test_value_of_the_behaviour_by_hand() -> None:
     weights = torch.tensor([[0.75, 0.25], [0.5, 0.5]])
-    assert value_at_stake(torch.tensor([[1.0, 5.0], [4.0, 6.0]]), weights).item() == pytest.approx(1.5)
+    assert behaviour_value(torch.tensor([[1.0, 5.0], [4.0, 6.0]]), weights).tolist() == [[2.0], [5.0]]

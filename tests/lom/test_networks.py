@@ -82,27 +82,35 @@ def mixture_of(weights: list[float], means: list[list[float]], stds: list[list[f
     )
 
 
-def test_a_mode_apart_lacks_what_its_weight_lacks() -> None:
-    surprise = mixture_of([0.9, 0.1], [[-0.5, 0.5], [0.5, 0.5]], [[0.01, 0.01], [0.01, 0.01]]).surprise()
-    assert surprise.tolist() == [pytest.approx([0.0, math.log(9.0)], abs=1e-4)]
+def shares_of(weights: list[float], means: list[list[float]], stds: list[list[float]]) -> list[float]:
+    (shares,) = mixture_of(weights, means, stds).log_shares().exp().tolist()
+    return list(shares)
+
+
+def test_a_mode_apart_is_as_usual_as_its_weight_says() -> None:
+    shares = shares_of([0.9, 0.1], [[-0.5, 0.5], [0.5, 0.5]], [[0.01, 0.01], [0.01, 0.01]])
+    assert shares == pytest.approx([0.9, 0.1], abs=1e-4)
 
 
 def test_modes_that_overlap_vouch_for_each_other() -> None:
-    """Two halves of one mode are as likely as the whole one beside them; at a distance of √2 times the widened width,
-    √(0.03 + 0.1²) = 0.2, each has exp(-1) of the other."""
-    halves = mixture_of([0.25, 0.5, 0.25], [[-0.5], [0.5], [-0.5]], [[0.1], [0.1], [0.1]]).surprise()
-    assert halves.tolist() == [pytest.approx([0.0, 0.0, 0.0], abs=1e-4)]
-    width, near = math.sqrt(0.03), 0.2 * math.sqrt(2.0)
-    pair = mixture_of([0.8, 0.2], [[0.0], [near]], [[width], [width]]).surprise()
-    shared = math.exp(-1.0)
-    assert pair.tolist() == [pytest.approx([0.0, math.log((0.8 + 0.2 * shared) / (0.2 + 0.8 * shared))], abs=1e-4)]
+    """Two halves of one mode are as usual as the whole one beside them; at √2 times the widened width,
+    √(0.03 + 0.1²) = 0.2, each does exp(-1) of what the other does."""
+    halves = shares_of([0.25, 0.5, 0.25], [[-0.5], [0.5], [-0.5]], [[0.1], [0.1], [0.1]])
+    assert halves == pytest.approx([0.5, 0.5, 0.5], abs=1e-4)
+    width, near, shared = math.sqrt(0.03), 0.2 * math.sqrt(2.0), math.exp(-1.0)
+    pair = shares_of([0.8, 0.2], [[0.0], [near]], [[width], [width]])
+    assert pair == pytest.approx([0.8 + 0.2 * shared, 0.2 + 0.8 * shared], abs=1e-4)
 
 
-def test_an_exact_controller_is_little_likelier_than_a_noisy_one() -> None:
-    """Widened widths of 0.1 and 0.2: ln 2 nats in each of three dimensions, not infinitely many."""
-    noisy = math.sqrt(0.03)
-    surprise = mixture_of([0.5, 0.5], [[-0.5] * 3, [0.9] * 3], [[0.0] * 3, [noisy] * 3]).surprise()
-    assert surprise.tolist() == [pytest.approx([0.0, 3.0 * math.log(2.0)], abs=1e-3)]
+def test_an_exact_controller_is_as_usual_as_a_noisy_one() -> None:
+    shares = shares_of([0.5, 0.5], [[-0.5] * 3, [0.9] * 3], [[0.0] * 3, [0.2] * 3])
+    assert shares == pytest.approx([0.5, 0.5], abs=1e-4)
+
+
+def test_a_wide_mode_vouches_for_what_lies_within_it() -> None:
+    """A poor policy, σ = 0.3, around an exact one two σ away: exp(-2) of it does the same; not the other way round."""
+    shares = shares_of([0.99, 0.01], [[0.0], [0.6]], [[math.sqrt(0.08)], [0.0]])
+    assert shares == pytest.approx([0.99, 0.01 + 0.99 * math.exp(-2.0)], abs=1e-4)
 
 
 def test_two_clusters_get_a_component_each() -> None:

@@ -251,60 +251,52 @@ def test_steps_of_the_data_say_nothing_about_the_greedy_hyper_policy() -> None:
         replace(TINY, n_step=2, advantage_baseline="hyper")
 
 
-@pytest.mark.parametrize("scale", [1.0, 100.0])
-@pytest.mark.parametrize(
-    ("max_surprise", "discount", "price"),
-    [
-        # 50 steps of ln 9 are more than 5 nats: the price comes to stand where both modes are level.
-        (5.0, 0.98, 0.455),
-        (5.0, 0.0, 0.15),  # one step is less: it stays at its least, half of the spread
-        (1.0, 0.0, 0.455),
-        (0.0, 0.98, None),
-    ],
-)
-def test_chosen_modes_surprise_no_more_than_they_may(
-    max_surprise: float, discount: float, price: float | None, scale: float
-) -> None:
-    """Weights 0.9 and 0.1, hyper-Q 0 and q: the rare mode lacks ln 9 nats, and is chosen while a nat costs less than
-    q / ln 9 = 0.455 q, whatever the scale of the rewards. The spread is q sqrt(0.9 · 0.1² + 0.1 · 0.9²) = 0.3 q."""
-    config = replace(TINY, max_surprise=max_surprise, discount=discount, hyper_learning_rate=1e-9, steps=800)
-    learner = learner_of(config)
-    with torch.no_grad():
-        learner.policy.mixture.mixing_logits.bias.copy_(torch.tensor([math.log(9.0), 0.0]))
-    set_output(learner.hyper_critic, [0.0, scale])
-    for _ in learner.remaining():
-        pass
-    learned = learner.policy.surprise_price
-    assert (learned is None) == (price is None)
-    spent = learner.metrics().get("hyper_critic/surprise")
-    assert (spent is None) == (price is None)
-    if learned is not None:
-        assert spent == pytest.approx(math.log(9.0) / (1.0 - discount)) or (spent == 0.0 and price == 0.455)
-        assert learned.item() / scale == pytest.approx(price, rel=0.03)
-        learned.mul_(1.1)
-    chosen = learner.policy(torch.zeros(1, 1), "greedy_mode")["mode"].item()
-    assert chosen == (0 if price == 0.455 else 1)
-
-
-@pytest.mark.parametrize(("hazard", "price", "mode"), [(0.02, 0.15, 1), (0.2, 1.0, 0)])
-def test_a_nat_costs_at_least_what_it_puts_at_stake(hazard: float, price: float, mode: int) -> None:
-    """States at -1 and 1, worth 0 and 10: 5 at stake in a batch. The spread asks for 0.15, as above; the
-    rare mode, worth 1 more, lacks ln 9 nats."""
-    config = replace(TINY, max_surprise=0.0, surprise_hazard=hazard, hyper_learning_rate=1e-9, batch=64, steps=800)
-    learner = learner_of(config, states=(-1.0, 1.0))
+def two_state_learner(config: TrainConfig, in_good_state: tuple[float, float], scale: float) -> Learner:
+    """States at -1 and 1; modes of weights 0.9 and 0.1, hyper-Q 0 and 1; more by `in_good_state` at 1."""
+    learner = learner_of(replace(config, hyper_learning_rate=1e-9, batch=64, steps=300), states=(-1.0, 1.0))
     first, last = (module for module in learner.hyper_critic.modules() if isinstance(module, nn.Linear))
     with torch.no_grad():
         learner.policy.mixture.mixing_logits.bias.copy_(torch.tensor([math.log(9.0), 0.0]))
         first.weight.zero_()
         first.bias.zero_()
         first.weight[0, 0] = 1.0
-        last.weight[:, 0] = 10.0
+        last.weight[:, 0] = torch.tensor(in_good_state)
+        for parameter in (last.weight, last.bias):
+            parameter.mul_(scale)
     for _ in learner.remaining():
         pass
-    assert learner.policy.surprise_price is not None
-    assert learner.policy.surprise_price.item() == pytest.approx(price, rel=0.1)
+    return learner
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize(
+    ("hazard", "modes", "in_good_state"),
+    [(0.0, [1, 1], [10.0, 11.0]), (0.05, [1, 1], [9.934, 10.205]), (0.2, [1, 0], [9.784, 8.855])],
+)
+def test_an_unusual_mode_costs_what_it_puts_at_stake(
+    hazard: float, modes: list[int], in_good_state: list[float], scale: float
+) -> None:
+    """The good state is worth 10 more than the worst, where nothing is to be lost: 10 h (1 - u) with u = 0.9 and 0.1.
+    Besides 0.15 log u, half of the spread 0.3. Whatever the scale of the rewards."""
+    learner = two_state_learner(replace(TINY, hazard=hazard), (10.0, 10.0), scale)
     answer = learner.policy(torch.tensor([[-1.0], [1.0]]), "greedy_mode")
-    assert answer["mode"].tolist() == [mode, mode]
+    assert answer["mode"].tolist() == modes
+    assert (answer["hyper_q"][1] / scale).tolist() == pytest.approx(in_good_state, rel=1e-3)
+    metrics = learner.metrics()
+    assert ("hyper_critic/share" in metrics) == (hazard > 0)
+    if hazard > 0:
+        assert metrics["hyper_critic/share"] == pytest.approx(0.1 if modes[1] == 1 else 0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_an_unusual_mode_must_be_better_by_more_than_noise(scale: float) -> None:
+    """The mode of share 0.1 is worth 11 more in one state and 1 more in the other: half of the spread,
+    sqrt(0.09 (121 + 1) / 2) / 2 = 1.17, times ln 9 is more than 1 and less than 11."""
+    learner = two_state_learner(replace(TINY, hazard=1e-9), (0.0, 10.0), scale)
+    answer = learner.policy(torch.tensor([[-1.0], [1.0]]), "greedy_mode")
+    assert answer["mode"].tolist() == [0, 1]
+    expected = [1.17 * math.log(0.9), 1.0 + 1.17 * math.log(0.1)]
+    assert (answer["hyper_q"][0] / scale).tolist() == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize(("max_drift", "expected"), [(0.0, 5.0), (1.0, 0.2), (10.0, 2.0), (50.0, 5.0)])

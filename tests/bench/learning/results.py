@@ -52,9 +52,11 @@ class Results:
 
         Fields that did not exist when settings were stored are taken to have had today's defaults: an option whose
         default changes what is learned has to be written into the stored settings, with the value that says "without".
+        Settings of an option that is gone are never today's, unless it is taken out of them where it said "without".
         """
         for digest, known in self._settings.items():
-            if all(known.get(name, _DEFAULTS.get(name, _ABSENT)) == value for name, value in settings.items()):
+            newer = {name: _DEFAULTS[name] for name in settings.keys() & _DEFAULTS.keys()}
+            if {**newer, **known} == settings:
                 return digest
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         self._settings[digest] = dict(settings)
@@ -64,7 +66,6 @@ class Results:
         return digest
 
 
-_ABSENT = object()
 _DEFAULTS: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(TrainConfig()).items()}
 
 

@@ -233,6 +233,12 @@ def test_settings_from_before_an_option_existed_are_those_with_its_default(tmp_p
     assert results.digest_of(settings | {"batch": 7}) != digest
 
 
+def test_settings_of_an_option_that_is_gone_are_not_todays(tmp_path: Path) -> None:
+    settings = dict(settings_of(FORK, "lom", Budget.of(FORK)))
+    results = Results(tmp_path / "results.jsonl")
+    assert results.digest_of(settings | {"novelty": 0.5}) != results.digest_of(settings)
+
+
 @pytest.mark.timeout(300)  # it starts processes that load torch
 def test_a_run_keeps_each_result_and_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     results = Results(tmp_path / "results.jsonl")
