@@ -96,6 +96,11 @@ def free_memory(device: torch.device) -> float:
         return math.inf
 
 
+def cached_row_bytes(config: TrainConfig, action_dim: int) -> int:
+    """What the frozen mixture says of one row, in bytes: parameters, and the shares that a choice asks for."""
+    return 4 * config.num_components * (2 * action_dim + 1 + (config.hazard > 0))
+
+
 def _taken(tensor: Tensor, rows: Tensor) -> Tensor:
     """Rows of float32[N, ...] by index, int64[..., B] -> [..., B, ...]."""
     return tensor.index_select(0, rows.flatten()).view(*rows.shape, *tensor.shape[1:])
@@ -493,8 +498,7 @@ class Learner:
         rows = self._sample(self._all_rows, count)
         observations, actions = _taken(self._rows.observations, rows), _taken(self._rows.actions, rows)
         config, policy, (total, action_dim) = self.config, self._networks.policy, self._rows.actions.shape
-        cache_bytes = 4 * total * config.num_components * (2 * action_dim + 1 + (policy.hazard > 0))
-        if self._mixture_cache is None and cache_bytes <= config.mixture_cache_bytes:
+        if self._mixture_cache is None and total * cached_row_bytes(config, action_dim) <= config.mixture_cache_bytes:
             self._mixture_cache = self._computed_mixture()
         if self._mixture_cache is None:
             return _Batch(rows, observations, actions, policy.mixture(observations))

@@ -28,7 +28,7 @@ from lom.dataset import DatasetError, Transitions, load_transitions
 from lom.dataset_card import DatasetCard
 from lom.dataset_files import find_dataset
 from lom.evaluation import EVALUATION_SEED, UnsuitableEnvError, env_spaces, evaluate, policy_act, recommend
-from lom.learner import Learner, LearningDivergedError, Stage, chosen_device, free_memory
+from lom.learner import Learner, LearningDivergedError, Stage, cached_row_bytes, chosen_device, free_memory
 from lom.off_policy_evaluation import FittedQConfig, evaluate_variants
 from lom.policy import VARIANTS, LomPolicy
 
@@ -229,9 +229,9 @@ def _require_memory(seeds: int, transitions: Transitions, config: TrainConfig, c
     """Every seed has its own rows in memory: which ones it holds out, and so how it scales them, is its own."""
     observation_dim, action_dim = transitions.observations.shape[1], transitions.actions.shape[1]
     row_bytes = 4 * (2 * observation_dim + 2 * action_dim + 2) + 8
-    cache_bytes = 4 * config.num_components * (2 * action_dim + 1)
     rows = seeds * len(transitions)
-    cached = rows * cache_bytes if rows * cache_bytes <= config.mixture_cache_bytes else 0
+    cache_bytes = rows * cached_row_bytes(config, action_dim)
+    cached = cache_bytes if cache_bytes <= config.mixture_cache_bytes else 0
     needed, free = rows * row_bytes + cached, free_memory(chosen_device(config.device))
     if needed > free:
         raise ValueError(
