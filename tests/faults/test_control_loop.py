@@ -26,7 +26,7 @@ from tests.support.fake_policy_server import (
     late_act,
 )
 from tests.support.fault_proxy import FaultProxy
-from tests.support.processes import children_of, command_of, policy_processes
+from tests.support.processes import policy_processes, workers_of
 from tests.support.servers import running_server, wait_until
 
 ROW = [0.1, 0.2, 0.3]
@@ -216,7 +216,7 @@ def test_a_killed_worker_of_a_real_server(tmp_path: Path) -> None:
         PolicyClient(f"grpc://{server.address}") as client,
         running_loop(client, hundred_hertz()) as running,
     ):
-        (worker,) = [child for child in children_of(server.process.pid) if "lom_server.worker" in command_of(child)]
+        (worker,) = workers_of(server.process.pid)
         os.kill(worker, signal.SIGKILL)
         killed_at = len(running.actions)
         wait_until(lambda: len(running.actions) > killed_at + 8, "the loop to go on")

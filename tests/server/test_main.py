@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lom_api.codec import pack_array
 from lom_api.v1 import policy_pb2, policy_pb2_grpc
 from tests.support.bundles import POLICY, Flaws, write_test_bundle
+from tests.support.processes import children_of
 from tests.support.servers import PATIENCE_S, ServerProcess, running_server, start_server_process, wait_until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -186,7 +187,7 @@ def test_a_stranger_on_the_port_is_no_server_of_ours(toy_bundle: Path) -> None:
 
 def test_several_workers_share_one_port(toy_bundle: Path) -> None:
     with running_server(toy_bundle, "--workers", "2") as server:
-        assert len(children(server.process.pid)) == 2
+        assert len(children_of(server.process.pid)) == 2
         for _ in range(8):  # connections of their own: the system spreads them
             act(server.address)
         assert server.terminate() == 0
@@ -220,16 +221,10 @@ def test_a_command_line_that_cannot_be_meant(toy_bundle: Path, options: tuple[st
     assert "Traceback" not in "\n".join(server.stderr)
 
 
-def children(pid: int) -> list[int]:
-    return [
-        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
-    ]
-
-
 def processor_seconds(server: ServerProcess) -> float:
     """Of the server's workers."""
     ticks = 0
-    for worker in children(server.process.pid):
+    for worker in children_of(server.process.pid):
         fields = Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")
@@ -269,7 +264,7 @@ def test_signals_while_a_request_is_being_answered(tmp_path: Path, second_signal
 def test_a_worker_maps_neither_torch_nor_onnx(toy_bundle: Path) -> None:
     with running_server(toy_bundle) as server:
         act(server.address)
-        (worker,) = children(server.process.pid)
+        (worker,) = children_of(server.process.pid)
         libraries = Path(f"/proc/{worker}/maps").read_text()
     assert "/onnxruntime/" in libraries
     assert "/torch/" not in libraries

@@ -24,6 +24,7 @@ from lom_server.config import ServerConfig
 from lom_server.errors import StartError
 from lom_server.server import serve
 from tests.support.bundles import Flaws, write_test_bundle
+from tests.support.processes import is_running, workers_of
 from tests.support.servers import PATIENCE_S, ServerProcess, running_server, wait_until
 
 WORKERS = 2
@@ -103,19 +104,6 @@ def credentials(token: str) -> tuple[tuple[str, str]]:
 def write_tokens(path: Path, act_token: str) -> None:
     path.write_text(f"act robot {act_token}\nadmin operator {ADMIN_TOKEN}\n")
     path.chmod(0o600)
-
-
-def workers_of(supervisor: int) -> set[int]:
-    listed = Path(f"/proc/{supervisor}/task").glob("*/children")
-    children = {int(process) for task in listed for process in task.read_text().split()}
-    return {child for child in children if b"lom_server.worker" in Path(f"/proc/{child}/cmdline").read_bytes()}
-
-
-def is_running(process: int) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
-    except OSError:
-        return False
 
 
 def resident_bytes(process: int) -> int:

@@ -25,6 +25,7 @@ from lom_server.repository import PROMOTED_FILE
 from lom_server.supervisor import LoadState, PolicyState, Supervisor
 from lom_server.worker_pool import WorkerProcess
 from tests.support.bundles import Flaws, write_test_bundle
+from tests.support.processes import children_of
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -706,11 +707,6 @@ async def test_workers_that_die_at_once_are_not_replaced_at_once(tmp_path: Path)
         assert 2 <= len(killed) <= 8  # pauses of 0.1, 0.2, 0.4, 0.8, 1.6 s
         await until(lambda: len(stage.processes()) == 1, "peace returns")
         assert (await act(stage, "toy")).version == 1
-
-
-def children_of(parent: int) -> set[int]:
-    listed = Path(f"/proc/{parent}/task").glob("*/children")
-    return {int(process) for task in listed for process in task.read_text().split()}
 
 
 async def test_a_drain_answers_what_was_accepted(tmp_path: Path) -> None:

@@ -4,10 +4,15 @@ import os
 from pathlib import Path
 
 
-def children_of(pid: int) -> list[int]:
+def children_of(pid: int) -> set[int]:
     """Processes that `pid` started and that it has not yet waited for."""
     processes = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
-    return [process for process in processes if _status(process)[1:2] == [str(pid)]]
+    return {process for process in processes if _status(process)[1:2] == [str(pid)]}
+
+
+def workers_of(supervisor: int) -> set[int]:
+    """Workers of a server, without those that have gone."""
+    return {child for child in children_of(supervisor) if "lom_server.worker" in command_of(child)}
 
 
 def is_running(pid: int) -> bool:
@@ -19,7 +24,7 @@ def command_of(pid: int) -> str:
     """The command line of `pid`; empty where it has gone."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return ""
 
 
