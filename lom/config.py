@@ -203,6 +203,11 @@ class TrainConfig:
         return min(chosen, 0.5 / self.num_components)
 
     @property
+    def effective_hazard(self) -> float:
+        """With one component nothing is to be chosen, and nothing is paid."""
+        return self.hazard if self.num_components > 1 else 0.0
+
+    @property
     def digest(self) -> str:
         """sha256 of all fields, hexadecimal."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()

@@ -98,7 +98,7 @@ def free_memory(device: torch.device) -> float:
 
 def cached_row_bytes(config: TrainConfig, action_dim: int) -> int:
     """What the frozen mixture says of one row, in bytes: parameters, and the shares that a choice asks for."""
-    return 4 * config.num_components * (2 * action_dim + 1 + (config.hazard > 0))
+    return 4 * config.num_components * (2 * action_dim + 1 + (config.effective_hazard > 0))
 
 
 def _taken(tensor: Tensor, rows: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class LomPolicy(nn.Module):
         self.observation_dim = observation_dim
         self.min_mixing_weight = config.effective_min_mixing_weight
         # Learned beside hyper-Q, in whose unit they are; absent where it costs nothing to be unusual.
-        self.hazard = config.hazard if config.num_components > 1 else 0.0
+        self.hazard = config.effective_hazard
         self.worst_value: Tensor | None
         self.noise_price: Tensor | None
         for name in ("worst_value", "noise_price"):

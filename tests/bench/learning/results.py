@@ -54,9 +54,9 @@ class Results:
         default changes what is learned has to be written into the stored settings, with the value that says "without".
         Settings of an option that is gone are never today's, unless it is taken out of them where it said "without".
         """
+        defaults = {name: _DEFAULTS[name] for name in settings.keys() & _DEFAULTS.keys()}
         for digest, known in self._settings.items():
-            newer = {name: _DEFAULTS[name] for name in settings.keys() & _DEFAULTS.keys()}
-            if {**newer, **known} == settings:
+            if {**defaults, **known} == settings:
                 return digest
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         self._settings[digest] = dict(settings)
