@@ -31,7 +31,6 @@ from lom_export import proof
 from lom_export.card import model_card
 from lom_export.contract import Contract, ContractError, read_contract
 from lom_export.graph import (
-    EXPLAINED_VARIANT,
     METADATA_KEY,
     OBSERVATION,
     OPSET_VERSION,
@@ -42,8 +41,6 @@ from lom_export.graph import (
 from lom_export.precision import Precision, PrecisionReport, narrow
 from lom_export.triton import write_triton_repository
 from lom_export.warning_scores import calibrate
-
-EXPLAIN_GRAPH = f"{EXPLAINED_VARIANT}_explain.onnx"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,19 +126,23 @@ def export_run(config: ExportConfig, report: Callable[[str], None] = lambda stag
         trained.policy, trained.samples, variants, false_alarm_rate=config.false_alarm_rate, seed=0
     )
     modules = {variant: PolicyGraph(trained.policy, variant, state_score) for variant in variants}
-    explain = PolicyGraph(trained.policy, EXPLAINED_VARIANT, state_score, explain=True)
+    explains = {
+        variant: PolicyGraph(trained.policy, variant, state_score, explain=True)
+        for variant in variants
+        if trained.policy.chooses_mode(variant)
+    }
     graphs = {}
     for file_name, module in [
-        *((f"{name}.onnx", module) for name, module in modules.items()),
-        (EXPLAIN_GRAPH, explain),
+        *((_graph_file(name), module) for name, module in modules.items()),
+        *((_explain_file(name), module) for name, module in explains.items()),
     ]:
         report(f"tracing {file_name}")
         graphs[file_name] = export_graph(module)
 
     report("comparing onnxruntime with torch")
-    rows = proof.golden_arrays(modules, explain, proof.parity_observations(trained.samples.trained_on, trained.policy))
-    manifest = _manifest(config, contract, trained, modules, explain, warnings, rows)
-    parity = _prove(manifest, graphs, modules, explain, rows)
+    rows = proof.golden_arrays(modules, explains, proof.parity_observations(trained.samples.trained_on, trained.policy))
+    manifest = _manifest(config, contract, trained, modules, explains, warnings, rows)
+    parity = _prove(manifest, graphs, modules, explains, rows)
     precision: dict[str, PrecisionReport] = {}
     if config.precision != "fp32":
         report(f"converting to {config.precision}")
@@ -185,7 +186,7 @@ def _prove(
     manifest: Manifest,
     graphs: Mapping[str, bytes],
     modules: Mapping[str, PolicyGraph],
-    explain: PolicyGraph,
+    explains: Mapping[str, PolicyGraph],
     rows: Mapping[str, NDArray[Any]],
 ) -> dict[str, proof.ParityReport]:
     """The gate: float32 graphs against torch, weights bit for bit, answers alone and in batches."""
@@ -193,11 +194,21 @@ def _prove(
     for name, variant in manifest.variants.items():
         proof.check_weights(modules[name], graphs[variant.graph])
         parity[name] = proof.check_parity(manifest, name, graphs[variant.graph], rows)
-    proof.check_weights(explain, graphs[EXPLAIN_GRAPH])
-    nothing_forced = proof.free_choice(len(rows[OBSERVATION]), explain.policy)
-    proof.check_parity(manifest, EXPLAINED_VARIANT, graphs[EXPLAIN_GRAPH], rows, nothing_forced)
-    proof.check_overrides(manifest, graphs[EXPLAIN_GRAPH], explain, rows[OBSERVATION])
+    for name, explain in explains.items():
+        graph = graphs[_explain_file(name)]
+        proof.check_weights(explain, graph)
+        nothing_forced = proof.free_choice(len(rows[OBSERVATION]), explain.policy)
+        proof.check_parity(manifest, name, graph, rows, nothing_forced)
+        proof.check_overrides(manifest, graph, explain, rows[OBSERVATION])
     return parity
+
+
+def _graph_file(variant: str) -> str:
+    return f"{variant}.onnx"
+
+
+def _explain_file(variant: str) -> str:
+    return f"{variant}_explain.onnx"
 
 
 def _golden_part(manifest: Manifest, rows: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -211,12 +222,15 @@ def _manifest(
     contract: Contract,
     trained: TrainedRun,
     modules: Mapping[str, PolicyGraph],
-    explain: PolicyGraph,
+    explains: Mapping[str, PolicyGraph],
     warnings: Mapping[str, WarningSpec],
     rows: Mapping[str, NDArray[Any]],
 ) -> Manifest:
     spec = trained.spec
-    explained = GraphSpec(graph=EXPLAIN_GRAPH, outputs=explain.output_names, inputs=explain.input_names[1:])
+    explained = {
+        name: GraphSpec(graph=_explain_file(name), outputs=explain.output_names, inputs=explain.input_names[1:])
+        for name, explain in explains.items()
+    }
     return Manifest(
         policy=config.name or _default_name(spec.env or config.run.resolve().name),
         inputs=(
@@ -239,11 +253,7 @@ def _manifest(
             units=contract.action_units,
         ),
         variants={
-            name: VariantSpec(
-                graph=f"{name}.onnx",
-                outputs=module.output_names,
-                explain=explained if name == EXPLAINED_VARIANT else None,
-            )
+            name: VariantSpec(graph=_graph_file(name), outputs=module.output_names, explain=explained.get(name))
             for name, module in modules.items()
         },
         default_variant=trained.recommended["variant"] if trained.recommended else "greedy_mode",
@@ -254,7 +264,7 @@ def _manifest(
             rows=proof.GOLDEN_ROWS,
             action_tolerance=proof.ACTION_TOLERANCE,
             output_tolerance=proof.OUTPUT_TOLERANCE,
-            tie_width=proof.tie_width(rows[f"{EXPLAINED_VARIANT}.hyper_q"]),
+            tie_width=proof.tie_width(rows["greedy_mode.hyper_q"]),
         ),
         warnings=warnings,
         evaluation={"recommended": trained.recommended} if trained.recommended else {},

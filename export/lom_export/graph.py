@@ -21,7 +21,6 @@ FORCED_MODE = "forced_mode"
 NOISE = "noise"
 STATE_SCORE = "state_score"
 ACTION_SCORE = "action_score"
-EXPLAINED_VARIANT = "greedy_mode"
 METADATA_KEY = "lom.manifest"
 
 _CHOICE = ("action", "mode", "margin")

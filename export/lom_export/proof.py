@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lom.policy import LomPolicy
 from lom_bundle import BundleError, Manifest, check_golden
-from lom_export.graph import EXPLAINED_VARIANT, FORCED_MODE, NOISE, OBSERVATION, PolicyGraph
+from lom_export.graph import FORCED_MODE, NOISE, OBSERVATION, PolicyGraph
 
 GOLDEN_ROWS = 64
 PARITY_ROWS = 2048
@@ -52,7 +52,7 @@ def parity_observations(sample: NDArray[np.float32], policy: LomPolicy, seed: in
     """
     rng = np.random.default_rng(seed)
     explained = answers(
-        PolicyGraph(policy, EXPLAINED_VARIANT, None, explain=True),
+        PolicyGraph(policy, "greedy_mode", None, explain=True),
         {OBSERVATION: sample, **free_choice(len(sample), policy)},
     )
     # Just clear of a tie: there a wrong weight shows first.
@@ -87,9 +87,12 @@ def tie_width(hyper_q: Array) -> float:
 
 
 def golden_arrays(
-    graphs: Mapping[str, PolicyGraph], explain: PolicyGraph, observations: NDArray[np.float32]
+    graphs: Mapping[str, PolicyGraph], explains: Mapping[str, PolicyGraph], observations: NDArray[np.float32]
 ) -> dict[str, Array]:
     """Observations with torch's answers, named as `lom_bundle.Bundle.golden` names them.
+
+    Args:
+        graphs, explains: by variant, those that act and those that explain.
 
     Where a mixing weight sits on the edge of the support mask, rounding decides which components may be chosen; the
     margin of such a row is written as 0, which declares it a tie.
@@ -97,11 +100,11 @@ def golden_arrays(
     golden: dict[str, Array] = {OBSERVATION: observations}
     for variant, graph in graphs.items():
         golden |= {f"{variant}.{name}": array for name, array in answers(graph, golden).items()}
-    explained = answers(explain, {**golden, **free_choice(len(observations), explain.policy)})
-    on_edge = np.abs(explained["mixing_weights"] - explain.policy.min_mixing_weight) < _MASK_EDGE
-    golden |= {f"{explain.variant}.{name}": array for name, array in explained.items()}
-    for margin in [name for name in golden if name.endswith(".margin")]:
-        golden[margin] = np.where(on_edge.any(axis=1), np.float32(0.0), golden[margin])
+    for variant, explain in explains.items():
+        explained = answers(explain, {**golden, **free_choice(len(observations), explain.policy)})
+        on_edge = np.abs(explained["mixing_weights"] - explain.policy.min_mixing_weight) < _MASK_EDGE
+        explained["margin"] = np.where(on_edge.any(axis=1), np.float32(0.0), explained["margin"])
+        golden |= {f"{variant}.{name}": array for name, array in explained.items()}
     return golden
 
 

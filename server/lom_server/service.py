@@ -45,8 +45,8 @@ class ActRequest:
         contract_hash: refused where it is given and differs from the policy's.
         explain: also answer what every component would have meant.
         mode: act by this component, whether it is supported or not.
-        sampling_seed: sample from the component's distribution instead of taking its mean; a row's sample depends on
-            the seed and its place only.
+        sampling_seed: add noise as large as the component's spread to the action; a row's noise depends on the seed and
+            its place only.
         previous_mode: int32[B], -1 where there is none: a mode to keep unless another's hyper-Q is more than
             `hysteresis_width` higher. Not kept where the support mask would not allow it.
         priority: who goes first when the engine is short.

@@ -36,7 +36,8 @@ def _with_action_shape(*shape: int) -> Act:
     return tampered(change)
 
 
-def _actor_with_mode(request: policy_pb2.ActRequest, context: Context) -> policy_pb2.ActReply:
+def actor_with_mode(request: policy_pb2.ActRequest, context: Context) -> policy_pb2.ActReply:
+    """What a server answers whose actor is a residual one."""
     request.variant = "greedy_mode"
     reply = honest_act(request, context)
     reply.variant = "actor"
@@ -137,4 +138,3 @@ HOSTILE_REPLIES: dict[str, tuple[Act, str]] = {
     "margin infinite": (_with_margin([np.inf]), "BAD_MARGIN"),
     "margin negative": (_with_margin([-0.1]), "BAD_MARGIN"),
 }
-ACTOR_WITH_MODE: Act = _actor_with_mode

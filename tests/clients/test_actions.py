@@ -1,5 +1,7 @@
 """No reply of a hostile or broken server passes for an action."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -8,8 +10,8 @@ from lom_api.v1 import policy_pb2
 from lom_client import BadReply, ClientConfig, PolicyClient
 from lom_client.actions import Score
 from tests.clients.conftest import AnyClient, Connect
-from tests.clients.hostile_replies import ACTOR_WITH_MODE, EXPLANATION_AXES, HOSTILE_EXPLANATIONS, HOSTILE_REPLIES
-from tests.support.fake_policy_server import FakePolicyServer, tampered
+from tests.clients.hostile_replies import EXPLANATION_AXES, HOSTILE_EXPLANATIONS, HOSTILE_REPLIES, actor_with_mode
+from tests.support.fake_policy_server import Context, FakePolicyServer, tampered
 
 
 @pytest.mark.parametrize("name", HOSTILE_REPLIES)
@@ -30,11 +32,27 @@ def test_a_hostile_explanation_is_refused_with_its_reason(
     assert caught.value.reason == reason
 
 
-def test_the_actor_may_not_claim_a_mode(server: FakePolicyServer, any_client: AnyClient) -> None:
-    server.act = ACTOR_WITH_MODE
+def test_an_actor_may_act_by_a_mode(server: FakePolicyServer, any_client: AnyClient) -> None:
+    server.act = actor_with_mode
+    answer = any_client.act([0.1, 0.2, 0.3], deadline_s=10, variant="actor", explain=True)
+    assert (answer.variant, answer.mode) == ("actor", 2)
+    assert answer.margin == pytest.approx(0.1)
+    assert answer.explanation is not None
+
+
+@pytest.mark.parametrize("options", [{"explain": True}, {"mode": 0}, {"sampling_seed": 0}, {"previous_mode": -1}])
+def test_who_asks_about_modes_is_told_one(server: FakePolicyServer, any_client: AnyClient, options: Any) -> None:
+    def silent(request: policy_pb2.ActRequest, context: Context) -> policy_pb2.ActReply:
+        reply = actor_with_mode(request, context)
+        reply.ClearField("mode")
+        reply.ClearField("margin")
+        return reply
+
+    server.act = silent
     with pytest.raises(BadReply) as caught:
-        any_client.act([0.1, 0.2, 0.3], deadline_s=10, variant="actor")
+        any_client.act([0.1, 0.2, 0.3], deadline_s=10, variant="actor", **options)
     assert caught.value.reason == "WRONG_FIELDS"
+    assert any_client.act([0.1, 0.2, 0.3], deadline_s=10, variant="actor").mode is None
 
 
 def test_a_reply_beyond_the_size_limit_is_refused(server: FakePolicyServer, connect: Connect) -> None:

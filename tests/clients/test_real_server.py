@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +39,17 @@ def test_both_variants_answer_what_can_be_computed_on_paper(client: PolicyClient
     actor = client.act(observations, deadline_s=10, variant="actor")
     np.testing.assert_allclose(actor.actions, bundles.actor_action(observations), atol=1e-6)
     assert actor.bundle_digest == greedy.bundle_digest == client.get_spec(deadline_s=10).bundle_digest
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"explain": True}, {"mode": 0}, {"sampling_seed": 0}, {"previous_mode": 0, "hysteresis_width": 0.1}],
+    ids=str,
+)
+def test_a_variant_without_modes_refuses_what_concerns_them(client: PolicyClient, options: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match="variant 'actor': expected none of explain, mode") as caught:
+        client.act(bundles.golden_observations()[0], deadline_s=10, variant="actor", **options)
+    assert caught.value.reason == "BAD_OPTION"
 
 
 @pytest.mark.parametrize("variant", ["greedy_mode", "actor"])

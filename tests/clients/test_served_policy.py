@@ -69,13 +69,6 @@ def test_sampling_counts_its_seeds_up(server: FakePolicyServer, client: PolicyCl
     assert seeds == [40, None, 41]
 
 
-def test_the_actor_does_not_sample(server: FakePolicyServer, client: PolicyClient) -> None:
-    model = ServedPolicy(client, deadline_s=10, variant="actor")
-    assert model.predict(np.zeros(3))[0].shape == (2,)
-    with pytest.raises(InvalidRequest, match="variant actor chooses no mode"):
-        model.predict(np.zeros(3), deterministic=False)
-
-
 def test_without_an_answer_there_is_no_action(server: FakePolicyServer, client: PolicyClient) -> None:
     client.get_spec(deadline_s=10)
     server.act = never_act

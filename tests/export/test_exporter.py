@@ -104,6 +104,30 @@ def test_a_residual_actor_names_its_mode_and_ties_are_known(tmp_path: Path) -> N
     assert np.abs(golden["actor.action"] - golden["greedy_mode.action"]).max() > 0.05
 
 
+def test_a_residual_actor_is_explained_too(tmp_path: Path) -> None:
+    """Forced modes, noise and diagnostics, by the deviation that it learned."""
+    config = replace(CONFIG, actor_form="residual")
+    policy = save_untrained_run(tmp_path / "run", config=config, action_low=LOW, action_high=HIGH)
+    export_run(ExportConfig(run=tmp_path / "run", out=tmp_path / "bundle"))
+    bundle = read_bundle(tmp_path / "bundle")
+    explain = bundle.manifest.variants["actor"].explain
+    assert explain is not None
+    observations = (3 + 2 * np.random.default_rng(2).standard_normal((12, 2))).astype(np.float32)
+    forced = np.arange(12, dtype=np.int32) % 5 - 1  # -1 leaves the choice free
+    noise = np.random.default_rng(3).standard_normal((12, 2)).astype(np.float32)
+    feeds = {"observation": observations, "forced_mode": forced, "noise": noise}
+    session = proof.cpu_session(bundle.explain_graphs["actor"])
+    answer = dict(zip(explain.outputs, session.run(list(explain.outputs), feeds), strict=True))
+    (free,) = proof.cpu_session(bundle.graphs["actor"]).run(["mode"], {"observation": observations})
+    np.testing.assert_array_equal(answer["mode"], np.where(forced >= 0, forced, free))
+    with torch.no_grad():
+        deviation = 3.0 * policy.actor(policy.normaliser(torch.from_numpy(observations))).numpy()
+    rows = np.arange(12)
+    means, stds = (answer[name][rows, answer["mode"]] for name in ("component_means", "component_log_stds"))
+    expected = np.clip(means + np.exp(stds) * (deviation + noise), LOW, HIGH)
+    np.testing.assert_allclose(answer["action"], expected, atol=1e-5)
+
+
 def test_a_forced_mode_gives_that_components_mean_and_noise_its_spread(exported: Exported) -> None:
     policy, bundle = exported.policy, exported.bundle
     explain = bundle.manifest.variants["greedy_mode"].explain

@@ -145,11 +145,13 @@ std::optional<Error> cut_to(const Space& space, std::vector<float>& actions) {
 
 std::optional<Error> read_mode(const wire::ActReply& reply, const wire::ActRequest& request, const PolicySpec& spec,
                                Actions& actions) {
-  const bool is_expected = reply.variant() == kGreedyMode;
-  if (reply.has_mode() != is_expected || reply.has_margin() != is_expected) {
-    return bad_reply("WRONG_FIELDS", "mode and margin belong to ", kGreedyMode, " and to nothing else");
+  // Whether an actor has modes is the bundle's, and a bundle of the same contract may take its place.
+  const bool must_have_mode =
+      reply.variant() == kGreedyMode || request.has_mode() || request.has_sampling_seed() || request.has_hysteresis();
+  if (reply.has_margin() != reply.has_mode() || (must_have_mode && !reply.has_mode())) {
+    return bad_reply("WRONG_FIELDS", "expected mode and margin together, and both where modes were asked about");
   }
-  if (!is_expected) {
+  if (!reply.has_mode()) {
     return std::nullopt;
   }
   const std::vector<std::int64_t> shape = {static_cast<std::int64_t>(actions.rows)};
@@ -232,12 +234,6 @@ std::optional<Error> write_options(const PolicySpec& spec, const ActOptions& opt
   const std::string variant(options.variant.empty() ? std::string_view(spec.default_variant) : options.variant);
   if (std::find(spec.variants.begin(), spec.variants.end(), variant) == spec.variants.end()) {
     return invalid("UNKNOWN_VARIANT", "expected one of the policy's variants, got '", printable(variant), "'");
-  }
-  const bool concerns_modes = options.mode || options.sampling_seed || !options.previous_mode.empty() ||
-                              options.hysteresis_width != 0.0f;
-  if (concerns_modes && variant != kGreedyMode) {
-    return invalid("BAD_OPTION", "variant ", printable(variant), " chooses no mode: expected none of mode, sampling_seed, ",
-                   "previous_mode and hysteresis_width");
   }
   request.set_variant(variant);
   if (options.is_batch) {

@@ -131,8 +131,8 @@ TEST_F(Request, IsRefusedWithAReason) {
   EXPECT_EQ(reason_of({1, 2, 3}, options), "UNKNOWN_VARIANT");
   options = {};
   options.variant = "actor";
-  options.mode = 1;
-  EXPECT_EQ(reason_of({1, 2, 3}, options), "BAD_OPTION");
+  options.mode = 1;  // whether its actor has modes is the server's to say
+  EXPECT_EQ(reason_of({1, 2, 3}, options), "");
   options = {};
   options.mode = -1;
   EXPECT_EQ(reason_of({1, 2, 3}, options), "BAD_OPTION");
@@ -247,6 +247,28 @@ TEST(Reply, RoundingAtTheBoundsIsRemoved) {
   ASSERT_TRUE(read);
   EXPECT_EQ(read->actions, (std::vector<float>{1, -1}));
   EXPECT_TRUE(read->mode.empty());
+}
+
+TEST(Reply, AnActorMayActByAMode) {
+  const PolicySpec spec = std::move(read_spec(honest_spec())).value();
+  const std::vector<float> row = {1, 2, 3};
+  const Input input{Span<const float>(row)};
+  ActOptions options;
+  options.variant = "actor";
+  options.sampling_seed = 7;
+  wire::ActRequest request = std::move(make_request(spec, 0, Span<const Input>(&input, 1), options)).value();
+  wire::ActReply reply;
+  reply.set_policy("toy");
+  reply.set_variant("actor");
+  reply.set_bundle_digest("d");
+  set_floats(*reply.mutable_action(), {0, 0}, {1, 2});
+  EXPECT_EQ(read_reply(reply, request, spec).error().reason, "WRONG_FIELDS");  // it was asked about modes
+  set_integers(*reply.mutable_mode(), {2}, {1});
+  EXPECT_EQ(read_reply(reply, request, spec).error().reason, "WRONG_FIELDS");  // no margin
+  set_floats(*reply.mutable_margin(), {0.5f}, {1});
+  const auto read = read_reply(reply, request, spec);
+  ASSERT_TRUE(read);
+  EXPECT_EQ(read->mode, std::vector<std::int32_t>{2});
 }
 
 }  // namespace

@@ -171,13 +171,25 @@ def _num_components(reply: policy_pb2.ActReply, spec: PolicySpec) -> int:
     return np.iinfo(np.int32).max
 
 
+def _concerns_modes(request: policy_pb2.ActRequest) -> bool:
+    """Whether only a variant that chooses a mode can answer."""
+    return (
+        request.explain
+        or request.HasField("mode")
+        or request.HasField("sampling_seed")
+        or request.HasField("hysteresis")
+    )
+
+
 def _read_mode(
     reply: policy_pb2.ActReply, request: policy_pb2.ActRequest, rows: int, num_components: int
 ) -> tuple[NDArray[np.int32] | None, NDArray[np.float32] | None]:
-    expected = reply.variant == GREEDY_MODE
-    if reply.HasField("mode") != expected or reply.HasField("margin") != expected:
-        raise BadReply("WRONG_FIELDS", f"mode and margin belong to {GREEDY_MODE} and to nothing else")
-    if not expected:
+    # Whether an actor has modes is the bundle's, and a bundle of the same contract may take its place.
+    has_mode = reply.HasField("mode")
+    must_have_mode = reply.variant == GREEDY_MODE or _concerns_modes(request)
+    if reply.HasField("margin") != has_mode or (must_have_mode and not has_mode):
+        raise BadReply("WRONG_FIELDS", "expected mode and margin together, and both where modes were asked about")
+    if not has_mode:
         return None, None
     mode = _read_tensor(reply.mode, "mode", np.dtype(np.int32), (rows,))
     margin = _read_tensor(reply.margin, "margin", np.dtype(np.float32), (rows,))

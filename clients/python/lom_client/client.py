@@ -89,7 +89,8 @@ class PolicyClient:
     ) -> Actions:
         """One action for each observation, finite and inside the action space.
 
-        The options from `explain` to `hysteresis_width` belong to the variant `greedy_mode`.
+        The options from `explain` to `hysteresis_width` belong to variants that choose a mode: `greedy_mode`, and a
+        residual `actor`. The server refuses them for others.
 
         Args:
             observations: one row or rows `[B, ...]` in environment units, of the policy's only input or by the names of
@@ -99,8 +100,8 @@ class PolicyClient:
             variant: one of the spec's variants; None for the spec's default.
             explain: also answer what every component would have meant.
             mode: act by this component, whether the data supports it here or not.
-            sampling_seed: sample from the chosen component instead of taking its mean; the same seed and observations
-                give the same actions.
+            sampling_seed: sample from the chosen component (a residual actor: around its own action); the same seed
+                and observations give the same actions.
             previous_mode: one mode for each row, -1 for none, which is kept unless another one's hyper-Q is more than
                 `hysteresis_width` higher.
             hysteresis_width: hyper-Q units, 0 or more.

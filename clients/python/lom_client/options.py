@@ -10,7 +10,7 @@ from lom_api.codec import pack_array
 from lom_api.reasons import Reason
 from lom_api.v1 import policy_pb2
 from lom_client.errors import InvalidRequest
-from lom_client.spec import GREEDY_MODE, PolicySpec
+from lom_client.spec import PolicySpec
 
 _LARGEST_MODE = 2**31 - 1
 _LARGEST_SEED = 2**64 - 1
@@ -57,16 +57,6 @@ class ActOptions:
         if variant not in spec.variants:
             raise InvalidRequest(
                 Reason.UNKNOWN_VARIANT, f"expected one of {', '.join(spec.variants)}, got {str(variant)[:64]!r}"
-            )
-        concerns_modes = (
-            self.explain
-            or self.hysteresis_width != 0
-            or any(option is not None for option in (self.mode, self.sampling_seed, self.previous_mode))
-        )
-        if concerns_modes and variant != GREEDY_MODE:
-            raise _bad_option(
-                f"variant {variant} chooses no mode: expected none of explain, mode, sampling_seed, previous_mode and "
-                "hysteresis_width"
             )
         return variant
 

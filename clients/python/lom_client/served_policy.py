@@ -50,7 +50,7 @@ class ServedPolicy:
             observation: one, or one row for each environment of a vector.
             state: nothing here has a memory.
             episode_start: means nothing without one.
-            deterministic: False samples from the chosen component, which only `greedy_mode` has.
+            deterministic: False samples from the chosen component, of a variant that has one.
 
         Raises:
             InvalidRequest: as for `PolicyClient.act`; BAD_OPTION where a variant without components should sample.

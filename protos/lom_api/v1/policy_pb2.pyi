@@ -113,17 +113,17 @@ class ActRequest(_message.Message):
     version: _builtins.int
     """0: the server chooses and reports it"""
     variant: _builtins.str
-    """"greedy_mode" or "actor"; empty: the policy's default"""
+    """"greedy_mode" or "actor"; empty: the policy's default. Some variants choose a"""
     sequence: _builtins.int
     """echoed, so that a client can tell a late reply from a fresh one"""
     contract_hash: _builtins.str
     """optional; refused with FAILED_PRECONDITION when it differs from the policy's"""
     explain: _builtins.bool
-    """greedy_mode only: answer with `ActReply.explanation`"""
+    """variants that choose a mode: answer with `ActReply.explanation`"""
     mode: _builtins.int
-    """greedy_mode only: act by this component, supported or not"""
+    """likewise: act by this component, supported or not"""
     sampling_seed: _builtins.int
-    """greedy_mode only: sample from the component instead of taking its mean; the same"""
+    """likewise: add noise as large as the component's spread; the same seed and"""
     priority: Global___Priority.ValueType
     budget_ns: _builtins.int
     """the answer is useless this long after arrival; 0: only the gRPC deadline counts. On a"""
@@ -133,12 +133,14 @@ class ActRequest(_message.Message):
     """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tensor]:
-        """one tensor for each entry of `PolicySpec.inputs`, raw environment units"""
+        """mode and act by it: greedy_mode does, an actor may
+        one tensor for each entry of `PolicySpec.inputs`, raw environment units
+        """
 
     @_builtins.property
     def hysteresis(self) -> Global___Hysteresis:
-        """seed and observations give the same actions
-        greedy_mode only
+        """observations give the same actions
+        likewise
         """
 
     def __init__(
@@ -234,11 +236,11 @@ class ActReply(_message.Message):
 
     @_builtins.property
     def mode(self) -> Global___Tensor:
-        """greedy_mode only: int32[B], index of the chosen component"""
+        """variants that choose a mode: int32[B], index of the chosen component"""
 
     @_builtins.property
     def margin(self) -> Global___Tensor:
-        """greedy_mode only: float32[B], best minus second-best hyper-Q among the components"""
+        """where `mode` is: float32[B], best minus second-best hyper-Q among the components"""
 
     @_builtins.property
     def timings(self) -> Global___ServerTimings:

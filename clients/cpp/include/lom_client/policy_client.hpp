@@ -78,13 +78,14 @@ struct Input {
   Span<const float> values;
 };
 
-/// What a caller may ask for beside an action. All but variant and priority belong to the variant `greedy_mode`.
+/// What a caller may ask for beside an action. All but variant and priority belong to variants that choose a mode:
+/// `greedy_mode`, and a residual `actor`. The server refuses them for others.
 struct ActOptions {
   /// One of the spec's variants; empty for the spec's default.
   std::string_view variant;
   /// Act by this component, whether the data supports it here or not.
   std::optional<std::int32_t> mode;
-  /// Sample from the chosen component instead of taking its mean.
+  /// Sample from the chosen component (a residual actor: around its own action).
   std::optional<std::uint64_t> sampling_seed;
   /// One mode for each row, -1 for none, which is kept unless another one's hyper-Q is more than `hysteresis_width`
   /// higher. Empty for no hysteresis.
