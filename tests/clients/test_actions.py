@@ -35,7 +35,8 @@ def test_a_hostile_explanation_is_refused_with_its_reason(
 def test_an_actor_may_act_by_a_mode(server: FakePolicyServer, any_client: AnyClient) -> None:
     server.act = actor_with_mode
     answer = any_client.act([0.1, 0.2, 0.3], deadline_s=10, variant="actor", explain=True)
-    assert (answer.variant, answer.mode) == ("actor", 2)
+    assert answer.mode is not None
+    assert (answer.variant, int(answer.mode)) == ("actor", 2)
     assert answer.margin == pytest.approx(0.1)
     assert answer.explanation is not None
 
