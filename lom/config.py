@@ -66,10 +66,10 @@ class TrainConfig:
     """Actions of the chosen mode that each state is shown in an actor step. Above 1 the actor is fitted to their
     self-normalised weighted mean Σ w a / Σ w, the same optimum state by state (eq. 18) with less noise; costs that
     many critic evaluations."""
-    actor_form: Literal["direct", "residual"] = "direct"
-    """What the actor learns. direct: the action, as published; it needs neither mixture nor hyper-critic to act, and
-    goes between modes where the choice jumps. residual: by how much to deviate from the chosen mode's mean, at most
-    three of the mode's standard deviations; it jumps as the choice does, wrong choices included."""
+    actor_form: Literal["residual", "direct"] = "residual"
+    """What the actor learns. residual: by how much to deviate from the chosen mode's mean, at most three of the mode's
+    standard deviations; it jumps as the choice does, wrong choices included. direct: the action, as published; it
+    needs neither mixture nor hyper-critic to act, and goes between modes where the choice jumps."""
     inverse_temperature: float = 5.0
     """β, multiplies the advantage in exp(β A). Higher imitates more sharply, and climbs errors of the critic."""
     max_imitation_weight: float = 50.0
@@ -231,7 +231,7 @@ _CHOICES = {
     "initial_means": ("data", "network"),
     "critic_reduction": ("mean", "min", "first"),
     "imitated_actions": ("samples", "data"),
-    "actor_form": ("direct", "residual"),
+    "actor_form": ("residual", "direct"),
     "device": ("auto", "cpu", "cuda"),
     "advantage_baseline": ("mode_mean", "policy", "hyper"),
 }
@@ -242,7 +242,7 @@ def _require(holds: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
-AS_PUBLISHED: dict[str, Any] = {"hazard": 0.0, "max_drift": 0.0}
+AS_PUBLISHED: dict[str, Any] = {"hazard": 0.0, "max_drift": 0.0, "actor_form": "direct"}
 """Without what this project's defaults add to the published equations, whatever else is chosen."""
 
 _STANDARD = TrainConfig()

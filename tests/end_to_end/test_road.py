@@ -58,11 +58,9 @@ def test_served_actions_are_torchs(folder: Path, target: str, variant: str, rows
         expected = policy(torch.from_numpy(observations), variant)
     with PolicyClient(target) as client:
         answer = client.act(observations, deadline_s=10.0, variant=variant)
-    clear = np.ones(rows, bool)
-    if variant == "greedy_mode":
-        clear = ~(expected["margin"].numpy() < 1e-4)
-        assert answer.mode is not None
-        np.testing.assert_array_equal(answer.mode[clear], expected["mode"].numpy()[clear])
+    clear = ~(expected["margin"].numpy() < 1e-4)
+    assert answer.mode is not None
+    np.testing.assert_array_equal(answer.mode[clear], expected["mode"].numpy()[clear])
     action_range = 2.0
     difference = np.abs(answer.actions - expected["action"].numpy())[clear]
     assert clear.mean() > 0.95
@@ -75,11 +73,32 @@ def test_a_row_alone_is_the_row_in_a_batch(target: str, variant: str) -> None:
     with PolicyClient(target) as client:
         together = client.act(observations, deadline_s=10.0, variant=variant)
         alone = [client.act(row, deadline_s=10.0, variant=variant) for row in observations]
-    clear = np.ones(64, bool) if together.margin is None else ~(together.margin < 1e-4)
+    assert together.margin is not None
+    clear = ~(together.margin < 1e-4)
     difference = np.abs(together.actions - np.stack([answer.actions for answer in alone]))
     assert difference[clear].max() <= 1e-5 * 2.0
-    if together.mode is not None:
-        assert (together.mode == np.array([answer.mode for answer in alone]))[clear].all()
+    assert (together.mode == np.array([answer.mode for answer in alone]))[clear].all()
+
+
+@pytest.mark.parametrize("variant", ["greedy_mode", "actor"])
+def test_both_variants_are_explained_and_take_a_mode(target: str, variant: str) -> None:
+    observations = np.random.default_rng(6).uniform(-1.5, 1.5, (16, 2)).astype(np.float32)
+    with PolicyClient(target) as client:
+        chosen = client.act(observations, deadline_s=10.0, variant=variant, explain=True)
+        assert chosen.explanation is not None
+        forced = client.act(observations, deadline_s=10.0, variant=variant, mode=3, explain=True)
+        previous = chosen.explanation.hyper_q.argsort(axis=1)[:, -2]
+        kept = client.act(observations, deadline_s=10.0, variant=variant, previous_mode=previous, hysteresis_width=1e6)
+    assert chosen.explanation.component_means.shape == (16, 8, 2)
+    assert (forced.mode == 3).all()
+    assert forced.explanation is not None
+    deviation = np.abs(forced.actions - forced.explanation.component_means[:, 3])
+    reach = 3.0 * np.exp(forced.explanation.component_log_stds[:, 3]) if variant == "actor" else np.zeros((16, 2))
+    assert (deviation <= reach + 1e-5).all()
+    supported = np.take_along_axis(chosen.explanation.mixing_weights, previous[:, None], 1)[:, 0] > 0.06
+    assert kept.mode is not None
+    np.testing.assert_array_equal(kept.mode[supported], previous[supported])
+    assert supported.any()
 
 
 def test_every_answer_names_the_bundle_and_the_variant_that_ran(folder: Path, target: str) -> None:
@@ -89,7 +108,7 @@ def test_every_answer_names_the_bundle_and_the_variant_that_ran(folder: Path, ta
         actor = client.act(np.zeros(2), deadline_s=10.0, variant="actor")
     assert default.variant == bundle.manifest.default_variant == "greedy_mode"
     assert actor.variant == "actor"
-    assert actor.mode is None
+    assert actor.mode == default.mode
     assert default.bundle_digest == actor.bundle_digest == bundle.digest
     assert default.policy == "fork-v0"
     assert set(default.scores) == set(actor.scores) == {"state_score", "action_score"}

@@ -61,7 +61,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         {"num_components": 1},
         {"num_components": 7},
         {"hyper_head": "one_hot"},
-        {"actor_form": "residual"},
+        {"actor_form": "direct"},
     ],
     ids=str,
 )
@@ -93,8 +93,7 @@ def test_graphs_answer_as_torch_at_every_batch_size(tmp_path: Path, choices: dic
 
 
 def test_a_residual_actor_names_its_mode_and_ties_are_known(tmp_path: Path) -> None:
-    config = replace(CONFIG, actor_form="residual")
-    save_untrained_run(tmp_path / "run", config=config, action_low=LOW, action_high=HIGH)
+    save_untrained_run(tmp_path / "run", config=CONFIG, action_low=LOW, action_high=HIGH)
     export_run(ExportConfig(run=tmp_path / "run", out=tmp_path / "bundle", precision="fp16"))
     bundle = read_bundle(tmp_path / "bundle")
     golden = bundle.golden
@@ -106,8 +105,7 @@ def test_a_residual_actor_names_its_mode_and_ties_are_known(tmp_path: Path) -> N
 
 def test_a_residual_actor_is_explained_too(tmp_path: Path) -> None:
     """Forced modes, noise and diagnostics, by the deviation that it learned."""
-    config = replace(CONFIG, actor_form="residual")
-    policy = save_untrained_run(tmp_path / "run", config=config, action_low=LOW, action_high=HIGH)
+    policy = save_untrained_run(tmp_path / "run", config=CONFIG, action_low=LOW, action_high=HIGH)
     export_run(ExportConfig(run=tmp_path / "run", out=tmp_path / "bundle"))
     bundle = read_bundle(tmp_path / "bundle")
     explain = bundle.manifest.variants["actor"].explain

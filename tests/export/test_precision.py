@@ -35,6 +35,7 @@ def graph_of(folder: Path, variant: str, *, components: int = 4, explain: bool =
         hidden=(32, 32, 32),
         mixture_hidden=(32, 32),
         hyper_head="one_hot" if components > 1 else "components",
+        actor_form="direct",
     )
     bound = (float(BOUND),) * 2
     policy = save_untrained_run(folder, config=config, action_low=(-bound[0], -bound[1]), action_high=bound)

@@ -41,6 +41,7 @@ TINY = replace(
     target_noise_std=0.0,
     mixture_decay_share=0.0,
     max_drift=0.0,
+    actor_form="direct",
 )
 MODES = (-0.5, 0.25)
 

@@ -30,6 +30,7 @@ TINY = replace(
     hyper_batch=64,
     target_noise_std=0.0,
     held_out_share=0.0,
+    actor_form="direct",
 )
 EPISODE_STEPS = 5
 EPISODES = 8

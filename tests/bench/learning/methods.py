@@ -7,11 +7,13 @@ from typing import Any
 from lom.config import AS_PUBLISHED, PRESETS, TrainConfig
 from tests.bench.learning.tasks import Task
 
+_ONE_COMPONENT: dict[str, Any] = {**AS_PUBLISHED, "num_components": 1, "min_mixing_weight": 0.05}
+
 LOM_OPTIONS: dict[str, dict[str, Any]] = {
     "lom": {},
-    "onestep": {"num_components": 1, "min_mixing_weight": 0.05, "max_drift": 0.0},
-    "awr": {"num_components": 1, "min_mixing_weight": 0.05, "imitated_actions": "data", "max_drift": 0.0},
-    "lom-residual": {"actor_form": "residual"},
+    "onestep": _ONE_COMPONENT,
+    "awr": {**_ONE_COMPONENT, "imitated_actions": "data"},
+    "lom-direct": {"actor_form": "direct"},
     "lom-no-limits": AS_PUBLISHED,
     "lom-no-hazard": {"hazard": 0.0},
     "lom-hyper8": {"advantage_baseline": "hyper", "imitation_samples": 8},
