@@ -96,7 +96,7 @@ def recommend(results: Mapping[str, NDArray[np.float64]]) -> Recommendation:
     """The actor where it is better than the greedy mode beyond chance, else the greedy mode.
 
     Better beyond chance: the 95 % interval of the difference, episode by episode, lies above 0. In doubt the greedy
-    mode, which needs no actor, never acts between two modes, and explains each action by its mode and margin.
+    mode, which needs no actor to have converged.
 
     Args:
         results: of `greedy_mode` and `actor`, and of `bc` where it is to be warned of; on the same episodes (from the

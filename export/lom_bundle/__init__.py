@@ -4,7 +4,7 @@
       manifest.json      what the policy takes and returns, who made it, sha256 of every other file
       greedy_mode.onnx   one complete graph per variant: raw observations in, environment-unit actions out
       actor.onnx
-      greedy_mode_explain.onnx   the same policy with forced mode, noise and diagnostics
+      greedy_mode_explain.onnx, actor_explain.onnx   likewise, with forced mode, noise and diagnostics (if it has modes)
       golden.npz         observations with the answers that torch gave; whoever loads the bundle replays them
       README.md          the same facts for people
 
