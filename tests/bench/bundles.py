@@ -116,8 +116,9 @@ def _cost_lines(subject: Subject, exported: Exported, bundle: Bundle) -> list[st
         narrow = exported.precision.get(variant)
         parity = exported.parity[variant]
         error = parity.action_error if narrow is None else narrow.action_error
-        flips = "" if narrow is None or variant != "greedy_mode" else f"{narrow.flip_rate:.2%}"
-        ties = str(parity.ties) if variant == "greedy_mode" else ""
+        has_modes = variant in bundle.explain_graphs
+        flips = "" if narrow is None or not has_modes else f"{narrow.flip_rate:.2%}"
+        ties = str(parity.ties) if has_modes else ""
         single, many = (_microseconds(graph, {OBSERVATION: _rows(bundle, rows)}) for rows in (1, 64))
         lines.append(
             f"| {subject.name}, `{variant}` | {bundle.manifest.precision} | {exported.seconds:.0f} "
