@@ -41,6 +41,11 @@ class TrainConfig:
     """Floor of a component's log-std (the ceiling is 0), unit actions; a soft clamp, one for fitting, scoring and
     sampling. Lower fits nearly deterministic data more closely; such modes leave the actor nothing to improve on.
     Published: -15."""
+    bound_margin: float = 0.0
+    """Actions this near to a bound, unit actions, are likely as a whole: what the mixture is fitted to there is the
+    probability of that margin and all beyond. A controller whose noise is clipped, or that saturates, puts many actions
+    on one point, where a density has no limit: components then tell clipped from unclipped instead of left from right.
+    0.05 is right for such data; 0 is a density everywhere, as published."""
     hyper_head: Literal["components", "one_hot"] = "components"
     """Hyper-critic: one network with M outputs (fast), or a scalar network on a one-hot component (as published)."""
     num_critics: int = 1
@@ -147,7 +152,6 @@ class TrainConfig:
             "imitation_noise_std",
             "target_noise_std",
             "inverse_temperature",
-            "hazard",
             "max_drift",
         ):
             value = getattr(self, name)
@@ -157,7 +161,7 @@ class TrainConfig:
             _require(bool(widths) and all(width >= 1 for width in widths), name, "one or more positive widths", widths)
         for name, choices in _CHOICES.items():
             _require(getattr(self, name) in choices, name, f"one of {choices}", getattr(self, name))
-        for name in ("mixture_decay_share", "decay_share"):
+        for name in ("hazard", "mixture_decay_share", "decay_share"):
             _require(0.0 <= getattr(self, name) <= 1.0, name, "0 to 1", getattr(self, name))
         _require(
             self.imitated_actions == "samples" or self.imitation_samples == 1,
@@ -172,6 +176,7 @@ class TrainConfig:
             self.n_step,
         )
         _require(-20.0 <= self.log_std_min <= -1.0, "log_std_min", "-20 to -1", self.log_std_min)
+        _require(0.0 <= self.bound_margin <= 0.5, "bound_margin", "0 to 0.5", self.bound_margin)
         _require(self.averaging_steps >= 0, "averaging_steps", "0 or more", self.averaging_steps)
         _require(self.seed >= 0, "seed", "0 or more", self.seed)
         _require(
@@ -242,7 +247,7 @@ def _require(holds: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
-AS_PUBLISHED: dict[str, Any] = {"hazard": 0.0, "max_drift": 0.0, "actor_form": "direct"}
+AS_PUBLISHED: dict[str, Any] = {"hazard": 0.0, "max_drift": 0.0, "actor_form": "direct", "bound_margin": 0.0}
 """Without what this project's defaults add to the published equations, whatever else is chosen."""
 
 _STANDARD = TrainConfig()

@@ -382,7 +382,7 @@ class Learner:
                 target = losses.self_normalised_target(imitated, advantages, sharpness, ceiling)
                 row_weights = torch.ones_like(weights[..., 0])
             if config.imitated_actions == "data":
-                brought_forth = batch.mixture.responsibilities(batch.actions)
+                brought_forth = batch.mixture.responsibilities(batch.actions, config.bound_margin)
                 row_weights = row_weights * brought_forth.gather(-1, choice.mode.unsqueeze(-1)).squeeze(-1)
             target = policy.actor_output(target, mode_mean, mode_log_std)
         loss = losses.weighted_imitation_loss(output, target, row_weights)

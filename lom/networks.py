@@ -82,13 +82,17 @@ class Mixture(NamedTuple):
     means: Tensor
     log_stds: Tensor
 
-    def log_prob(self, unit_actions: Tensor) -> Tensor:
-        """log π_b(a|s) = logsumexp_k(log α_k + log N(a; μ_k, σ_k²)), float32[..., B] (eq. 15)."""
-        return torch.logsumexp(self._log_joint(unit_actions), dim=-1)
+    def log_prob(self, unit_actions: Tensor, bound_margin: float = 0.0) -> Tensor:
+        """log π_b(a|s) = logsumexp_k(log α_k + log N(a; μ_k, σ_k²)), float32[..., B] (eq. 15).
 
-    def responsibilities(self, unit_actions: Tensor) -> Tensor:
+        Where |a| > 1 - `bound_margin`, in each dimension of its own, the density is replaced by the probability of all
+        that lies beyond 1 - `bound_margin` on that side: what was clipped there is known no better.
+        """
+        return torch.logsumexp(self._log_joint(unit_actions, bound_margin), dim=-1)
+
+    def responsibilities(self, unit_actions: Tensor, bound_margin: float = 0.0) -> Tensor:
         """α_k N(a; μ_k, σ_k²) / π_b(a|s): the probability that component k brought forth a, float32[..., B, M]."""
-        return torch.softmax(self._log_joint(unit_actions), dim=-1)
+        return torch.softmax(self._log_joint(unit_actions, bound_margin), dim=-1)
 
     def log_shares(self) -> Tensor:
         """Log of the share of the behaviour that does what each mode does, or nearly, float32[..., B, M], 0 or less:
@@ -105,11 +109,16 @@ class Mixture(NamedTuple):
         squares = as_actions @ as_components.mT + (weighted_means * self.means).sum(dim=-1).unsqueeze(-2)
         return torch.logsumexp(self.log_weights.unsqueeze(-2) - 0.5 * squares, dim=-1)
 
-    def _log_joint(self, unit_actions: Tensor) -> Tensor:
+    def _log_joint(self, unit_actions: Tensor, bound_margin: float) -> Tensor:
         """log α_k + log N(a; μ_k, σ_k²), float32[..., B, M]."""
-        standardised = (unit_actions.unsqueeze(-2) - self.means) * torch.exp(-self.log_stds)
+        actions, precisions = unit_actions.unsqueeze(-2), torch.exp(-self.log_stds)
         constant = 0.5 * math.log(2.0 * math.pi)
-        return self.log_weights - (0.5 * standardised.square() + self.log_stds + constant).sum(dim=-1)
+        log_densities = -(0.5 * ((actions - self.means) * precisions).square() + self.log_stds + constant)
+        if bound_margin > 0.0:
+            edge = 1.0 - bound_margin
+            beyond = torch.special.log_ndtr((torch.sign(actions) * self.means - edge) * precisions)
+            log_densities = torch.where(actions.abs() > edge, beyond, log_densities)
+        return self.log_weights + log_densities.sum(dim=-1)
 
 
 class BehaviourMixture(nn.Module):
@@ -126,9 +135,11 @@ class BehaviourMixture(nn.Module):
         num_components: int,
         hidden: Sequence[int],
         log_std_min: float = LOG_STD_MIN,
+        bound_margin: float = 0.0,
     ) -> None:
         super().__init__()
         self.log_std_min = log_std_min
+        self.bound_margin = bound_margin
         self.num_components = num_components
         self.action_dim = action_dim
         self.trunk = nn.Sequential(mlp([observation_dim, *hidden]), nn.ReLU(inplace=True))
@@ -166,9 +177,11 @@ class BehaviourMixture(nn.Module):
         self.raw_means.bias.copy_(torch.atanh(centres.clamp(-0.99, 0.99)).flatten())
 
     def negative_log_likelihood(self, observations: Tensor, unit_actions: Tensor) -> Tensor:
-        """Eq. 15, averaged over rows, float32[...]. Actions on the bounds move inside: tanh means cannot reach them."""
+        """Eq. 15, averaged over rows, float32[...]. Densities move inside the bounds: tanh means cannot reach them."""
         mixture: Mixture = self(observations)
-        return -mixture.log_prob(unit_actions.clamp(-_MEAN_LIMIT, _MEAN_LIMIT)).mean(dim=-1)
+        if self.bound_margin == 0.0:
+            unit_actions = unit_actions.clamp(-_MEAN_LIMIT, _MEAN_LIMIT)
+        return -mixture.log_prob(unit_actions, self.bound_margin).mean(dim=-1)
 
 
 class Critic(nn.Module):

@@ -38,7 +38,12 @@ class LomPolicy(nn.Module):
         self.normaliser = ObservationNormaliser(observation_dim)
         self.action_scaler = ActionScaler(action_low, action_high)
         self.mixture = BehaviourMixture(
-            observation_dim, action_dim, config.num_components, config.mixture_hidden, config.log_std_min
+            observation_dim,
+            action_dim,
+            config.num_components,
+            config.mixture_hidden,
+            config.log_std_min,
+            config.bound_margin,
         )
         head = HyperCritic if config.hyper_head == "components" else OneHotHyperCritic
         self.hyper_critic = head(observation_dim, config.num_components, config.hidden)

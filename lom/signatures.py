@@ -20,7 +20,7 @@ FAR = 0.3
 SUPPORTED = 0.05
 """Mixing weight from which a component counts as supported; 0.5/M where that is smaller."""
 
-_INTERIOR = 0.98
+_INTERIOR = 0.95
 _GROUPS = 4
 _MIN_GROUP_ROWS = 200
 
@@ -102,7 +102,7 @@ def mixture_misfit(mixture: Mixture, unit_actions: Tensor, generator: torch.Gene
     Kolmogorov-Smirnov's, the worst over action dimensions and over four groups of rows by the spread that the mixture
     predicts: modes are often missed in the few states where they are far apart.
 
-    Actions beyond ±0.98 are left out (and the distribution function conditioned on that): clipped actions lie on the
+    Actions beyond ±0.95 are left out (and the distribution function conditioned on that): clipped actions lie on the
     bound, where no density is right. The others get noise a little narrower than the narrowest component (0.02 at
     most), because an action that is repeated exactly has no density either.
 

@@ -116,7 +116,7 @@ def _cost_lines(subject: Subject, exported: Exported, bundle: Bundle) -> list[st
         narrow = exported.precision.get(variant)
         parity = exported.parity[variant]
         error = parity.action_error if narrow is None else narrow.action_error
-        has_modes = variant in bundle.explain_graphs
+        has_modes = f"{variant}.mode" in bundle.golden
         flips = "" if narrow is None or not has_modes else f"{narrow.flip_rate:.2%}"
         ties = str(parity.ties) if has_modes else ""
         single, many = (_microseconds(graph, {OBSERVATION: _rows(bundle, rows)}) for rows in (1, 64))

@@ -39,6 +39,9 @@ def test_the_support_threshold_leaves_room_for_equal_weights(components: int, ex
         ("min_mixing_weight", -0.1),
         ("reward_scale", 0.0),
         ("seed", -1),
+        ("hazard", 1.1),
+        ("bound_margin", -0.01),
+        ("bound_margin", 0.6),
     ],
 )
 def test_a_bad_value_is_refused_by_name(field: str, value: object) -> None:

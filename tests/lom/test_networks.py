@@ -167,6 +167,77 @@ def test_actions_on_the_bounds_and_a_constant_action_dimension_give_finite_losse
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in mixture.parameters())
 
 
+def test_log_prob_near_a_bound_by_hand() -> None:
+    """Beyond 0.95 stands all that lies there: half of N(0.95, 0.1²), and Φ(1.5) of N(-0.8, 0.1²) above -0.95 is inside.
+
+    The second dimension is inside the margin in all three rows and keeps its density.
+    """
+    mixture = Mixture(
+        torch.zeros(3, 1),
+        torch.tensor([[[0.95, 0.0]], [[0.95, 0.0]], [[-0.8, 0.0]]]),
+        torch.full((3, 1, 2), math.log(0.1)),
+    )
+    density = 1 / (0.1 * math.sqrt(2 * math.pi))
+    expected = [0.5 * density, density * math.exp(-0.5) * density, (1 - 0.9331928) * density]
+    actions = torch.tensor([[1.0, 0.0], [0.85, 0.0], [-0.97, 0.0]])
+    assert mixture.log_prob(actions, 0.05).exp().tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_component_that_is_far_from_a_bound_keeps_a_gradient_there() -> None:
+    means = torch.full((1, 1, 1), -0.99, requires_grad=True)
+    Mixture(torch.zeros(1, 1), means, torch.full((1, 1, 1), -5.0)).log_prob(torch.ones(1, 1), 0.05).backward()  # type: ignore[no-untyped-call]
+    assert means.grad is not None
+    assert math.isfinite(means.grad.item())
+    assert means.grad.item() > 1.0
+
+
+def clipped_at_a_bound(rows: int = 2000) -> tuple[Tensor, Tensor]:
+    """Full speed ahead, to the left or to the right: half of the noise on the speed is clipped."""
+    generator = torch.Generator().manual_seed(0)
+    side = torch.where(torch.rand(rows, generator=generator) < 0.5, -0.4, 0.4)
+    noise = 0.15 * torch.randn(rows, 2, generator=generator)
+    actions = torch.stack([1.0 + noise[:, 0], side + noise[:, 1]], dim=1)
+    return torch.zeros(rows, 1), actions.clamp(-1.0, 1.0)
+
+
+@pytest.mark.parametrize(("bound_margin", "found"), [(0.05, [-0.4, 0.4]), (0.0, [0.0, 0.0])])
+def test_clipped_noise_is_no_mode(bound_margin: float, found: list[float]) -> None:
+    """Two components find left and right. To a density what was clipped is worth more: it has one component on the
+    bound and one below it, and both go straight ahead, which nobody did."""
+    observations, actions = clipped_at_a_bound()
+    torch.manual_seed(0)
+    mixture = BehaviourMixture(1, 2, 2, (16,), bound_margin=bound_margin)
+    mixture.initialise_means(actions, torch.Generator().manual_seed(1))
+    optimiser = torch.optim.Adam(mixture.parameters(), lr=1e-2)
+    for _ in range(400):
+        optimiser.zero_grad()
+        mixture.negative_log_likelihood(observations, actions).backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    with torch.no_grad():
+        fitted: Mixture = mixture(observations[:1])
+    assert sorted(fitted.means[0, :, 1].tolist()) == pytest.approx(found, abs=0.03)
+    if bound_margin > 0:
+        assert fitted.means[0, :, 0].tolist() == pytest.approx([1.0, 1.0], abs=0.02)
+        assert fitted.log_stds.exp().flatten().tolist() == pytest.approx([0.15] * 4, abs=0.02)
+
+
+def test_what_always_saturates_is_narrow_and_on_the_bound() -> None:
+    torch.manual_seed(0)
+    mixture = BehaviourMixture(1, 1, 2, (8,), bound_margin=0.05)
+    actions = torch.tensor([[1.0], [-1.0]]).repeat(500, 1)
+    mixture.initialise_means(actions, torch.Generator().manual_seed(1))
+    optimiser = torch.optim.Adam(mixture.parameters(), lr=1e-2)
+    for _ in range(400):
+        optimiser.zero_grad()
+        mixture.negative_log_likelihood(torch.zeros(1000, 1), actions).backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    with torch.no_grad():
+        fitted: Mixture = mixture(torch.zeros(1, 1))
+    assert sorted(fitted.means.flatten().tolist()) == pytest.approx([-1.0, 1.0], abs=0.03)
+    assert fitted.log_stds.exp().max().item() < 0.03
+    assert fitted.log_weights.exp().flatten().tolist() == pytest.approx([0.5, 0.5], abs=0.02)
+
+
 def test_an_action_on_the_bound_is_fitted_just_inside_it() -> None:
     """A tanh mean would have to grow without end to reach 1."""
     torch.manual_seed(0)

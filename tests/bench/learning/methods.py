@@ -13,6 +13,7 @@ LOM_OPTIONS: dict[str, dict[str, Any]] = {
     "lom": {},
     "onestep": _ONE_COMPONENT,
     "awr": {**_ONE_COMPONENT, "imitated_actions": "data"},
+    "lom-margin": {"bound_margin": 0.05},
     "lom-direct": {"actor_form": "direct"},
     "lom-no-limits": AS_PUBLISHED,
     "lom-no-hazard": {"hazard": 0.0},
