@@ -47,7 +47,7 @@ SIGNATURES = (
         metric="signs/mixture_misfit",
         limit=0.15,
         advice="the mixture does not describe the actions of the data: raise num_components or mixture_steps, keep "
-        "initial_means=data",
+        "initial_means=data, and where many actions lie at a bound take bound_margin=0.05",
     ),
     Signature(
         name="variance collapse",
