@@ -106,6 +106,10 @@ def _taken(tensor: Tensor, rows: Tensor) -> Tensor:
     return tensor.index_select(0, rows.flatten()).view(*rows.shape, *tensor.shape[1:])
 
 
+def _inside_bounds(unit_actions: Tensor) -> Tensor:
+    return unit_actions.clamp(-1.0, 1.0)
+
+
 def _sarsa_rows(transitions: Transitions) -> Tensor:
     """Rows with a target. One that was cut off without a next action has none; it still shows states and actions."""
     rows = torch.from_numpy(transitions.terminals | transitions.has_next_action).nonzero().squeeze(1)
@@ -314,7 +318,7 @@ class Learner:
         next_actions = _taken(self._rows.next_actions, rows)
         if config.target_noise_std > 0:
             noise = config.target_noise_std * self._normal_like(next_actions)
-            next_actions = (next_actions + noise.clamp(-_TARGET_NOISE_CLIP, _TARGET_NOISE_CLIP)).clamp(-1.0, 1.0)
+            next_actions = _inside_bounds(next_actions + noise.clamp(-_TARGET_NOISE_CLIP, _TARGET_NOISE_CLIP))
         self._temporal_difference("critic", self.critic, self.target_critic, rows, next_actions)
 
     @torch.no_grad()
@@ -432,27 +436,33 @@ class Learner:
         return policy.choose(hyper_q, mixture.log_weights.exp(), policy.log_shares(mixture))
 
     def _imitated_actions(self, mode_mean: Tensor, mode_log_std: Tensor, data_actions: Tensor) -> Tensor:
-        """Actions of the chosen mode, or those of the data, float32[..., B, n, A]."""
+        """Actions of the chosen mode, or those of the data, float32[..., B, n, A].
+
+        Before they are clipped where the actor's own action is clipped, too: at a bound the mean of clipped samples
+        lies inside it, and an actor that imitated them would shrink from every bound.
+        """
+
+        def clipped(actions: Tensor) -> Tensor:
+            return actions if self._networks.policy.is_residual else _inside_bounds(actions)
+
         if self.config.imitated_actions == "data":
             imitated = data_actions.unsqueeze(-2)
         else:
-            imitated = self._sample_components(
-                *(
-                    each.unsqueeze(-2).repeat_interleave(self.config.imitation_samples, dim=-2)
-                    for each in (mode_mean, mode_log_std)
-                )
+            mean, log_std = (
+                each.unsqueeze(-2).repeat_interleave(self.config.imitation_samples, dim=-2)
+                for each in (mode_mean, mode_log_std)
             )
+            imitated = clipped(mean + log_std.exp() * self._normal_like(mean))
         if self.config.imitation_noise_std > 0:
-            noise = self.config.imitation_noise_std * self._normal_like(imitated)
-            imitated = (imitated + noise).clamp(-1.0, 1.0)
+            imitated = clipped(imitated + self.config.imitation_noise_std * self._normal_like(imitated))
         return imitated
 
     def _advantages(self, observations: Tensor, imitated: Tensor, mode_mean: Tensor, actions: Tensor) -> Tensor:
-        """What the imitated actions are worth more than the baseline, float32[..., B, n]."""
+        """What the imitated actions, clipped, are worth more than the baseline, float32[..., B, n]."""
         baseline = self.config.advantage_baseline
         critic = self.greedy_critic if baseline == "hyper" else self.critic
         compared_with = actions if baseline == "policy" else mode_mean
-        values = self._value(critic, observations, imitated)
+        values = self._value(critic, observations, _inside_bounds(imitated))
         advantages = values - self._value(critic, observations, compared_with.unsqueeze(-2))
         return losses.normalised_advantages(advantages) if self.config.normalise_advantages else advantages
 
@@ -490,7 +500,7 @@ class Learner:
 
     def _sample_components(self, means: Tensor, log_stds: Tensor) -> Tensor:
         """One sample, clipped to the action space: the action that is valued is the action that is imitated."""
-        return (means + log_stds.exp() * self._normal_like(means)).clamp(-1.0, 1.0)
+        return _inside_bounds(means + log_stds.exp() * self._normal_like(means))
 
     @torch.no_grad()
     def _batch(self, count: int) -> _Batch:
