@@ -332,6 +332,20 @@ def test_a_residual_actor_learns_how_far_to_deviate_from_the_mode(monkeypatch: p
     assert weighted[0][0].numpy() == pytest.approx(2.0 * (0.3 - 0.625), abs=1e-3)  # against its own action
 
 
+def test_a_residual_actor_does_not_shrink_from_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mode on the bound, σ = 1: samples deviate by 0 in the mean, and are worth what they are once they are clipped.
+    Clipped ones would lie 0.4 inside, which is -0.13 of the actor's reach."""
+    learner = residual_learner(batch=4096, critic_learning_rate=1e-9)
+    with torch.no_grad():
+        learner.policy.mixture.raw_means.bias.fill_(math.atanh(0.99))
+    fitted, weighted = calls_of(monkeypatch, "weighted_imitation_loss"), calls_of(monkeypatch, "imitation_weights")
+    step(learner)
+    assert fitted[0][1].mean().item() == pytest.approx(0.0, abs=0.02)
+    advantages = weighted[0][0]
+    assert advantages.max().item() == pytest.approx(2.0 * (1.0 - 0.99), abs=1e-3)
+    assert advantages.min().item() == pytest.approx(2.0 * (-1.0 - 0.99), abs=1e-3)
+
+
 @pytest.mark.parametrize(("output", "forced_mode", "action"), [(0.125, -1, 0.625), (0.9, -1, 1.0), (0.125, 0, -0.125)])
 def test_a_residual_actor_deviates_from_the_mode_that_acts(output: float, forced_mode: int, action: float) -> None:
     policy = residual_learner().policy
