@@ -41,11 +41,11 @@ class TrainConfig:
     """Floor of a component's log-std (the ceiling is 0), unit actions; a soft clamp, one for fitting, scoring and
     sampling. Lower fits nearly deterministic data more closely; such modes leave the actor nothing to improve on.
     Published: -15."""
-    bound_margin: float = 0.0
+    bound_margin: float = 0.05
     """Actions this near to a bound, unit actions, are likely as a whole: what the mixture is fitted to there is the
     probability of that margin and all beyond. A controller whose noise is clipped, or that saturates, puts many actions
     on one point, where a density has no limit: components then tell clipped from unclipped instead of left from right.
-    0.05 is right for such data; 0 is a density everywhere, as published."""
+    0 is a density everywhere, as published."""
     hyper_head: Literal["components", "one_hot"] = "components"
     """Hyper-critic: one network with M outputs (fast), or a scalar network on a one-hot component (as published)."""
     num_critics: int = 1
