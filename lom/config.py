@@ -46,6 +46,10 @@ class TrainConfig:
     probability of that margin and all beyond. A controller whose noise is clipped, or that saturates, puts many actions
     on one point, where a density has no limit: components then tell clipped from unclipped instead of left from right.
     0 is a density everywhere, as published."""
+    widening_share: float = 0.6
+    """First share of `mixture_steps` over which the widest std that a component may have rises from 0.25 to 1 (log-std
+    linearly, unit actions). A component that is wide from the start covers several modes where few rows tell them
+    apart, and keeps them: the others are elsewhere by then. 0 lets it be wide at once, as published."""
     hyper_head: Literal["components", "one_hot"] = "components"
     """Hyper-critic: one network with M outputs (fast), or a scalar network on a one-hot component (as published)."""
     num_critics: int = 1
@@ -161,7 +165,7 @@ class TrainConfig:
             _require(bool(widths) and all(width >= 1 for width in widths), name, "one or more positive widths", widths)
         for name, choices in _CHOICES.items():
             _require(getattr(self, name) in choices, name, f"one of {choices}", getattr(self, name))
-        for name in ("hazard", "mixture_decay_share", "decay_share"):
+        for name in ("hazard", "mixture_decay_share", "decay_share", "widening_share"):
             _require(0.0 <= getattr(self, name) <= 1.0, name, "0 to 1", getattr(self, name))
         _require(
             self.imitated_actions == "samples" or self.imitation_samples == 1,
@@ -247,7 +251,13 @@ def _require(holds: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"{name}: expected {expected}, got {got!r}")
 
 
-AS_PUBLISHED: dict[str, Any] = {"hazard": 0.0, "max_drift": 0.0, "actor_form": "direct", "bound_margin": 0.0}
+AS_PUBLISHED: dict[str, Any] = {
+    "hazard": 0.0,
+    "max_drift": 0.0,
+    "actor_form": "direct",
+    "bound_margin": 0.0,
+    "widening_share": 0.0,
+}
 """Without what this project's defaults add to the published equations, whatever else is chosen."""
 
 _STANDARD = TrainConfig()

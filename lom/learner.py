@@ -73,6 +73,11 @@ def _decay(done: int, total: int, share: float) -> float:
     return 1.0 if share == 0 else min(1.0, (1.0 - done / total) / share)
 
 
+def _share_of(done: int, total: float) -> float:
+    """How much of `total` is done, 1 at most; all of nothing."""
+    return min(1.0, done / total) if total > 0 else 1.0
+
+
 def chosen_device(name: str) -> torch.device:
     """`auto` is a GPU where torch sees one.
 
@@ -287,7 +292,8 @@ class Learner:
         policy = self._networks.policy
         rows = self._sample(self._all_rows, config.mixture_batch)
         observations, actions = _taken(self._rows.observations, rows), _taken(self._rows.actions, rows)
-        mixture_loss = policy.mixture.negative_log_likelihood(observations, actions)
+        widened = _share_of(self.mixture_steps_done, config.widening_share * config.mixture_steps)
+        mixture_loss = policy.mixture.negative_log_likelihood(observations, actions, widened)
         self._descend("mixture/nll", [mixture_loss], config.mixture_learning_rate)
         bc_loss = (policy.bc(observations) - actions).square().mean(dim=(-2, -1))
         self._descend("bc/loss", [bc_loss], config.mixture_learning_rate)

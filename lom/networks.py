@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 LOG_STD_MIN = -5.0
 LOG_STD_MAX = 0.0
+# The ceiling from which components widen: a std of 0.25 cannot cover actions to the left and to the right.
+_NARROW_LOG_STD_MAX = -1.4
 # A fresh network starts at a std of exp(-0.6) = 0.55, wide enough to see its neighbours.
 _INITIAL_LOG_STD = -5.0 / (1.0 + math.exp(2.0))
 _MEAN_LIMIT = 0.999
@@ -147,11 +149,13 @@ class BehaviourMixture(nn.Module):
         self.raw_means = Linear(hidden[-1], num_components * action_dim)
         self.raw_log_stds = Linear(hidden[-1], num_components * action_dim)
 
-    def forward(self, observations: Tensor) -> Mixture:
-        """float32[..., B, O] -> mixture parameters."""
+    def forward(self, observations: Tensor, widened: float = 1.0) -> Mixture:
+        """float32[..., B, O] -> mixture parameters. While it is fitted, `widened` in [0, 1] says how far components may
+        be wide: from a std of 0.25 to LOG_STD_MAX."""
         features = self.trunk(observations)
         shape = (self.num_components, self.action_dim)
-        span = LOG_STD_MAX - self.log_std_min
+        narrow = max(_NARROW_LOG_STD_MAX, 0.5 * self.log_std_min)
+        span = narrow + widened * (LOG_STD_MAX - narrow) - self.log_std_min
         # The clamp's input at which a log-std is _INITIAL_LOG_STD, whatever the span.
         shift = math.log((_INITIAL_LOG_STD - self.log_std_min) / (LOG_STD_MAX - _INITIAL_LOG_STD))
         raw_log_stds = self.raw_log_stds(features)
@@ -176,9 +180,9 @@ class BehaviourMixture(nn.Module):
         self.raw_means.weight.mul_(0.3)
         self.raw_means.bias.copy_(torch.atanh(centres.clamp(-0.99, 0.99)).flatten())
 
-    def negative_log_likelihood(self, observations: Tensor, unit_actions: Tensor) -> Tensor:
+    def negative_log_likelihood(self, observations: Tensor, unit_actions: Tensor, widened: float = 1.0) -> Tensor:
         """Eq. 15, averaged over rows, float32[...]. Densities move inside the bounds: tanh means cannot reach them."""
-        mixture: Mixture = self(observations)
+        mixture: Mixture = self(observations, widened)
         if self.bound_margin == 0.0:
             unit_actions = unit_actions.clamp(-_MEAN_LIMIT, _MEAN_LIMIT)
         return -mixture.log_prob(unit_actions, self.bound_margin).mean(dim=-1)
