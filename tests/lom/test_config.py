@@ -42,6 +42,7 @@ def test_the_support_threshold_leaves_room_for_equal_weights(components: int, ex
         ("hazard", 1.1),
         ("bound_margin", -0.01),
         ("bound_margin", 0.6),
+        ("widening_share", 1.1),
     ],
 )
 def test_a_bad_value_is_refused_by_name(field: str, value: object) -> None:

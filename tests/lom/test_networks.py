@@ -221,6 +221,57 @@ def test_clipped_noise_is_no_mode(bound_margin: float, found: list[float]) -> No
         assert fitted.log_stds.exp().flatten().tolist() == pytest.approx([0.15] * 4, abs=0.02)
 
 
+def test_components_widen_from_a_quarter_to_their_ceiling() -> None:
+    mixture = BehaviourMixture(1, 1, 2, (4,))
+    with torch.no_grad():
+        mixture.raw_log_stds.weight.zero_()
+        mixture.raw_log_stds.bias.fill_(30.0)
+        widest = [mixture(torch.zeros(1, 1), widened).log_stds.max().item() for widened in (0.0, 0.5, 1.0)]
+        mixture.raw_log_stds.bias.fill_(-30.0)
+        narrowest = [mixture(torch.zeros(1, 1), widened).log_stds.min().item() for widened in (0.0, 0.5, 1.0)]
+    assert widest == pytest.approx([-1.4, -0.7, 0.0])
+    assert narrowest == pytest.approx([-5.0] * 3)
+
+
+def at_a_crossing(rows: int = 4000) -> tuple[Tensor, Tensor]:
+    """Three actions by observation below 0.92, and above it the four corners, equally often."""
+    generator = torch.Generator().manual_seed(1)
+    observations = 2.0 * torch.rand(rows, 1, generator=generator) - 1.0
+    piece = ((observations[:, 0] + 1.0) / 1.92 * 3.0).long().clamp(max=3)
+    means = torch.tensor([[0.0, 0.0], [0.3, -0.3], [-0.3, 0.3], [0.0, 0.0]])[piece]
+    corners = 1.6 * torch.randint(0, 2, (rows, 2), generator=generator) - 0.8
+    actions = torch.where((piece == 3).unsqueeze(1), corners, means) + 0.15 * torch.randn(rows, 2, generator=generator)
+    return observations, actions.clamp(-1.0, 1.0)
+
+
+@pytest.mark.parametrize("widening_share", [0.6, 0.0])
+def test_narrow_components_find_the_modes_of_a_rare_crossing(widening_share: float) -> None:
+    """One that may be wide at once covers all four corners and keeps them: the others are elsewhere by then."""
+    observations, actions = at_a_crossing()
+    torch.manual_seed(1)
+    mixture = BehaviourMixture(1, 2, 4, (64, 64), bound_margin=0.05)
+    mixture.initialise_means(actions, torch.Generator().manual_seed(1))
+    optimiser = torch.optim.Adam(mixture.parameters(), lr=2e-3)
+    generator, steps = torch.Generator().manual_seed(5), 1500
+    for step in range(steps):
+        rows = torch.randint(0, len(observations), (256,), generator=generator)
+        widened = min(1.0, step / (widening_share * steps)) if widening_share else 1.0
+        optimiser.zero_grad()
+        loss = mixture.negative_log_likelihood(observations[rows], actions[rows], widened)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+    with torch.no_grad():
+        fitted: Mixture = mixture(torch.tensor([[0.96]]))
+    corners = torch.tensor([[0.8, 0.8], [0.8, -0.8], [-0.8, 0.8], [-0.8, -0.8]])
+    used = fitted.log_weights[0] > math.log(0.05)
+    nearest = torch.cdist(corners, fitted.means[0, used]).amin(dim=1)
+    if widening_share:
+        assert nearest.max().item() < 0.3
+    else:
+        assert nearest.min().item() > 0.5
+        assert fitted.log_stds[0, used].exp().max().item() > 0.7
+
+
 def test_what_always_saturates_is_narrow_and_on_the_bound() -> None:
     torch.manual_seed(0)
     mixture = BehaviourMixture(1, 1, 2, (8,), bound_margin=0.05)

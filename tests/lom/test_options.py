@@ -441,6 +441,23 @@ def test_learning_rates_fall_over_the_last_share_of_each_stage() -> None:
     assert rates["policy"] == pytest.approx([1] * 9 + [0.5])
 
 
+def test_components_widen_over_the_first_share_of_the_mixture_s_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    loss = BehaviourMixture.negative_log_likelihood
+
+    def seeing(mixture: BehaviourMixture, observations: Tensor, actions: Tensor, widened: float) -> Tensor:
+        seen.append(widened)
+        return loss(mixture, observations, actions, widened)
+
+    monkeypatch.setattr(BehaviourMixture, "negative_log_likelihood", seeing)
+    for share in (0.5, 0.0):
+        learner = learner_of(replace(TINY, mixture_steps=8, widening_share=share))
+        learner.mixture_steps_done = 0
+        for _ in learner.remaining():
+            pass
+    assert seen == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0] + [1.0] * 8
+
+
 def test_without_decay_the_rates_stay() -> None:
     learner = learner_of(TINY)
     for _ in learner.remaining():
