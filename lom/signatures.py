@@ -46,8 +46,8 @@ SIGNATURES = (
         name="missed modes",
         metric="signs/mixture_misfit",
         limit=0.15,
-        advice="the mixture does not describe the actions of the data: raise num_components or mixture_steps, keep "
-        "initial_means=data, and where many actions lie at a bound take bound_margin=0.05",
+        advice="the mixture does not describe the actions of the data: raise num_components or mixture_steps, and keep "
+        "the defaults of initial_means, widening_share and, where actions lie at a bound, bound_margin",
     ),
     Signature(
         name="variance collapse",
