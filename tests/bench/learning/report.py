@@ -20,7 +20,6 @@ BEGIN, END = "<!-- learning: begin -->", "<!-- learning: end -->"
 Array = NDArray[np.float64]
 
 _LABELS = {
-    ("lom", "bc"): "bc",
     ("lom", "actor"): "lom",
     ("lom", "greedy_mode"): "lom greedy",
 }
@@ -54,7 +53,9 @@ Cells = dict[str, dict[str, Cell]]
 
 
 def label(method: str, variant: str) -> str:
-    """The name of a method in tables: cloning is trained beside LOM, the others have one way to act or name it."""
+    """The name of a method in tables: cloning, trained beside LOM, is the same whatever LOM's options are."""
+    if variant == "bc":
+        return "bc"
     if (method, variant) in _LABELS:
         return _LABELS[method, variant]
     return f"{method} greedy" if variant == "greedy_mode" else method

@@ -308,6 +308,14 @@ def test_options_do_not_compete_with_methods() -> None:
     assert report.methods_and_options(report.cells_of(better))[0] == {}
 
 
+def test_cloning_counts_as_itself_also_beside_an_option_of_lom() -> None:
+    beside = record(0, 3.6, method="lom-no-limits")
+    beside["variants"]["bc"] = record(0, 0.0)["variants"]["actor"]
+    methods, options = report.methods_and_options(report.cells_of([record(0, 3.47), beside]))
+    assert methods["fork"]["bc"].returns == pytest.approx([0.0])
+    assert options["fork"]["lom-no-limits"].returns == pytest.approx([3.6])
+
+
 def test_only_what_stands_between_the_marks_is_renewed(tmp_path: Path) -> None:
     document = tmp_path / "results.md"
     document.write_text(f"before\n{report.BEGIN}\nstale\n{report.END}\nafter\n")
